@@ -1,0 +1,1 @@
+"""Preparation: many-language raw text to packed, checksummed WebDataset shards."""

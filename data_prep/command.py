@@ -1,0 +1,130 @@
+"""What every command of this project shares: exit statuses, one-line refusals, typed recipes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser, Namespace
+
+EXIT_FINISHED = 0
+EXIT_FAILED = 1
+EXIT_BAD_CONFIG = 2
+EXIT_STOPPED = 85  # stopped on request, a checkpoint is saved: a scheduler should requeue
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be done. The message names value, rule, consequence, remedy."""
+
+
+class RunError(RuntimeError):
+    """The configuration is fine, the world is not: damaged data, a non-finite loss, a lost rank."""
+
+
+def run_command(main: Callable[[], int], *, rank: int = 0) -> NoReturn:
+    """Run `main` and end the process with the project's exit status.
+
+    Refusals and failures print one line on stderr; only bugs print a traceback. Every rank finds the
+    same fault in a recipe, so only rank 0 speaks of it. The process ends at once on failure: a
+    collective that other ranks still wait in must not keep it alive.
+    """
+    try:
+        status = main()
+    except ConfigError as error:
+        status = EXIT_BAD_CONFIG
+        if rank == 0:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+    except RunError as error:
+        status = EXIT_FAILED
+        print(f"error: {one_line(error)}", file=sys.stderr)
+    except SystemExit as request:  # --help and --print_config
+        status = request.code if isinstance(request.code, int) else EXIT_FAILED
+    except BaseException:
+        status = EXIT_FAILED
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status in (EXIT_FINISHED, EXIT_BAD_CONFIG):
+        sys.exit(status)
+    os._exit(status)
+
+
+def one_line(error: object) -> str:
+    """The message with its line breaks folded, so that it stays one line of a log."""
+    return re.sub(r"\s*\n\s*", " ", str(error)).strip()
+
+
+def parse_recipe(
+    recipe_type: type,
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    default_config: str | None = None,
+    add_options: Callable[[ArgumentParser], None] = lambda parser: None,
+) -> tuple[Any, Namespace]:
+    """A recipe from `--config FILE` and dotted overrides, checked against the typed `recipe_type`.
+
+    Args:
+        recipe_type: dataclass whose nested dataclasses are the recipe's sections.
+        argv: the command line without the program's name; None reads sys.argv.
+        prog: how the command is called, for `--help`.
+        description: one line for `--help`.
+        default_config: the recipe that is read when the command line names none.
+        add_options: adds the command's own options, which are not recipe keys.
+
+    Returns:
+        The recipe, and the namespace with the command's own options.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, a missing value or a file that cannot be read.
+    """
+    parser = ArgumentParser(
+        prog=prog, description=description, exit_on_error=False, allow_abbrev=False
+    )
+    parser.add_argument(
+        "--config", action="config", help="recipe (YAML); later ones override earlier"
+    )
+    add_options(parser)
+    parser.add_class_arguments(recipe_type, None)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    names_recipe = any(a == "--config" or a.startswith("--config=") for a in arguments)
+    if default_config is not None and not names_recipe:
+        arguments = ["--config", default_config, *arguments]
+    try:
+        namespace = parser.parse_args(arguments)
+        recipe = parser.instantiate(namespace)
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise ConfigError(_explain(parser, one_line(error))) from error
+    sections = {name: getattr(recipe, name) for name in recipe_type.__dataclass_fields__}  # type: ignore[attr-defined]
+    return recipe_type(**sections), namespace
+
+
+def _explain(parser: ArgumentParser, message: str) -> str:
+    """jsonargparse's message with what a reader needs to mend it: the nearest known key."""
+    group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
+    single = re.search(r"Option '([^']+)' is not accepted", message)
+    argument = re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", message)
+    if group:
+        unknown = f"{group[1]}.{group[2]}"
+    elif single:
+        unknown = single[1]
+    elif argument:
+        unknown = argument[1]
+    else:
+        return message
+    known = [
+        action.dest for action in parser._actions if action.dest not in ("help", "print_config")
+    ]
+    section = unknown.rpartition(".")[0]
+    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
+    siblings = [key for key in known if key.rpartition(".")[0] == section]
+    remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(siblings)}"
+    return f"unknown key {unknown!r}, refused so that a typo cannot become a default; {remedy}"

@@ -1,0 +1,105 @@
+"""The recipe as preparation reads it: its own section, the seed and the teacher's name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from data_prep.command import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prep:
+    """How raw text becomes shards.
+
+    Args:
+        input: globs of .jsonl, .jsonl.gz, .txt or .txt.gz files.
+        output_dir: folder that the shards and manifest.json are written to.
+        tokenizer: hub id or folder of the tokenizer; null is the teacher's own.
+        seq_len: token ids in a row.
+        text_key: JSON key of a document's text.
+        lang_key: JSON key of its language; the file name's stem where it is absent.
+        smoothing: languages are mixed by p ~ tokens ** smoothing; 1 keeps the natural shares.
+        heldout_rows: rows of each language set apart for the held-out loss; 0 is none.
+        rows_per_block: rows in one WebDataset sample, the unit that training shuffles.
+        blocks_per_shard: samples in one tar file.
+    """
+
+    input: list[str] = dataclasses.field(default_factory=list)
+    output_dir: str | None = None
+    tokenizer: str | None = None
+    seq_len: int = 512
+    text_key: str = "text"
+    lang_key: str = "lang"
+    smoothing: float = 0.3
+    heldout_rows: int = 0
+    rows_per_block: int = 256
+    blocks_per_shard: int = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepRecipe:
+    """A training recipe read for preparation: sections that it does not use stay unread.
+
+    Args:
+        seed: decides the order of rows and which documents are held out.
+        prep: how raw text becomes shards.
+        teacher: only `model` matters here, where prep.tokenizer is null.
+        output_dir: of the training run; unused.
+        student: unused.
+        objective: unused.
+        data: unused.
+        train: unused.
+    """
+
+    seed: int = 1
+    prep: Prep = dataclasses.field(default_factory=Prep)
+    teacher: dict[str, Any] | None = None
+    output_dir: str | None = None
+    student: dict[str, Any] | None = None
+    objective: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    train: dict[str, Any] | None = None
+
+    @property
+    def tokenizer(self) -> str:
+        """Hub id or folder that the tokenizer is loaded from."""
+        source = self.prep.tokenizer or (self.teacher or {}).get("model")
+        if not source:
+            raise ConfigError(
+                "prep.tokenizer and teacher.model are both null, so there is nothing to tokenise "
+                "with; set one of them to a hub id or a folder"
+            )
+        return str(source)
+
+
+def check_prep(prep: Prep) -> None:
+    """Refuse settings that cannot work before anything is read.
+
+    Raises:
+        ConfigError: naming the key, its value, the rule and the remedy.
+    """
+    if not prep.input:
+        raise ConfigError(
+            "prep.input is empty, so there is no text to prepare; give one or more globs, "
+            "for example --prep.input '[data/*.jsonl.gz]'"
+        )
+    if not prep.output_dir:
+        raise ConfigError(
+            "prep.output_dir is null, so there is nowhere to write shards; set it to a folder"
+        )
+    for key, least in (
+        ("seq_len", 8),
+        ("rows_per_block", 1),
+        ("blocks_per_shard", 1),
+        ("heldout_rows", 0),
+    ):
+        if getattr(prep, key) < least:
+            raise ConfigError(
+                f"prep.{key}={getattr(prep, key)} is below {least}; use {least} or more"
+            )
+    if not 0.0 <= prep.smoothing <= 1.0:
+        raise ConfigError(
+            f"prep.smoothing={prep.smoothing} is outside 0..1, so rare languages would get less "
+            "than their natural share or common ones none; use 0.3 (usual) to 1 (as found)"
+        )

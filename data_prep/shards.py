@@ -1,0 +1,323 @@
+"""The shard format: WebDataset tars of packed rows, and the manifest that makes them a data set.
+
+A sample of a tar is a *block* of rows: `KEY.input_ids.npy` [rows, seq_len] (uint16 where the
+vocabulary fits, else uint32), `KEY.cu_seqlens.npy` (int32 segment boundaries over the flattened
+block, strictly increasing from 0 to rows * seq_len) and `KEY.json`. No segment crosses a row. A
+segment is `<s> ... </s>` of one document; what is left of a row is padding, in a segment of its own.
+
+`manifest.json` is written last and atomically: a folder without one is an unfinished preparation.
+It holds each block's byte range and CRC, so that any block is one ranged and checked read away.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.command import ConfigError, RunError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+_TAR_BLOCK = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Block:
+    """Where one sample lies: `bytes` from `offset` of the tar hold all its members.
+
+    `crc32` is over exactly those bytes, so that a reader notices damage before it trains on it.
+    """
+
+    offset: int
+    bytes: int
+    rows: int
+    crc32: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar file. `language` is set for held-out shards, which hold one language each."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: int
+    language: str | None
+    blocks: tuple[Block, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything a reader needs to know of a folder of shards.
+
+    Args:
+        settings: digest of inputs and settings, by which a restart knows its own work.
+        seq_len: token ids in a row.
+        vocab_size: ids that the tokenizer can give.
+        tokenizer_fingerprint: see `tokenizer_fingerprint`.
+        special_ids: `cls`, `sep` and `pad`.
+        seed: of the shuffle and of the held-out choice.
+        rows: rows to train on, without the held-out ones.
+        heldout_rows: rows of each held-out language.
+        tokens: tokens to train on of each language, padding excluded.
+        accounting: characters and documents of each language: in, kept, dropped by which rule.
+        shards: the tars, training ones first.
+    """
+
+    settings: str
+    seq_len: int
+    vocab_size: int
+    tokenizer_fingerprint: str
+    special_ids: dict[str, int]
+    seed: int
+    rows: int
+    heldout_rows: dict[str, int]
+    tokens: dict[str, int]
+    accounting: dict[str, dict[str, int]]
+    shards: tuple[Shard, ...]
+
+    def to_json(self) -> str:
+        """Canonical JSON, with the format version and a digest of all the rest."""
+        body = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        return json.dumps({**body, "digest": _digest(body)}, sort_keys=True, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises:
+            RunError: it is not JSON, of another version, or not what was written.
+        """
+        try:
+            body: dict[str, Any] = json.loads(text)
+            digest = body.pop("digest")
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise RunError(f"{where} is damaged ({error}); {_REMEDY}") from error
+        if digest != _digest(body):
+            raise RunError(f"{where} is damaged: its digest does not match its content; {_REMEDY}")
+        if (version := body.pop("format_version")) != FORMAT_VERSION:
+            raise RunError(
+                f"{where} has format version {version}, this reader knows {FORMAT_VERSION}; {_REMEDY}"
+            )
+        shards = tuple(
+            Shard(**{**shard, "blocks": tuple(Block(**block) for block in shard["blocks"])})
+            for shard in body.pop("shards")
+        )
+        return cls(**body, shards=shards)
+
+    def of_language(self, language: str | None) -> tuple[Shard, ...]:
+        """The held-out shards of a language; None gives the training shards."""
+        return tuple(shard for shard in self.shards if shard.language == language)
+
+
+_REMEDY = "nothing can be trusted to be what was prepared; prepare the shards again"
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A digest of what a tokenizer does, the same for every copy and library version of it.
+
+    It covers the vocabulary, the special ids and the ids of a probe in many scripts (case, accents,
+    digits, spacing), not the serialised file, whose fields change between releases.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+    """
+    specials = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    behaviour = {
+        "vocabulary": sorted(tokenizer.get_vocab().items()),
+        "special": {
+            name: tokenizer.convert_tokens_to_ids(token) for name, token in specials.items()
+        },
+        "probe": tokenizer(_PROBE)["input_ids"],
+    }
+    return hashlib.sha256(json.dumps(behaviour, sort_keys=True).encode()).hexdigest()
+
+
+_PROBE = (
+    "The Quick brown fox, naïve café №5 ½ ﬁ  12,345.67! Ελληνικά Български русский Türkçe İı "
+    "العربية tiếng Việt ภาษาไทย 中文，漢字 हिन्दी Kiswahili اردو 日本語カタカナ 한국어 👩‍💻 \t e\u0301"
+)
+
+
+def id_dtype(vocab_size: int) -> npt.DTypeLike:
+    """The smallest of the two row types that holds every id."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> None:
+    """Write blocks with webdataset's TarWriter: same samples, same bytes, wherever and whenever.
+
+    Args:
+        path: final name; the bytes appear there at once, after they are on disk.
+        samples: mappings of `__key__`, `input_ids.npy`, `cu_seqlens.npy` (arrays) and `json`.
+    """
+    import webdataset
+
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as stream:
+        with webdataset.TarWriter(stream, mtime=0, encoder=_encode) as writer:
+            for sample in samples:
+                writer.write(sample)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+
+
+def _encode(sample: Mapping[str, Any]) -> dict[str, Any]:
+    encoded: dict[str, Any] = {"__key__": sample["__key__"]}
+    for name, value in sample.items():
+        if name.endswith(".npy"):
+            stream = io.BytesIO()
+            np.lib.format.write_array(stream, value, version=(1, 0), allow_pickle=False)
+            encoded[name] = stream.getvalue()
+        elif name == "json":
+            encoded[name] = json.dumps(value, sort_keys=True).encode()
+    return encoded
+
+
+def describe_tar(path: Path, *, language: str | None = None) -> Shard:
+    """Read a finished tar back and describe it for the manifest.
+
+    Raises:
+        RunError: it is not a whole tar of blocks.
+    """
+    blocks = []
+    data = path.read_bytes()
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        members = tar.getmembers()
+    for start in range(0, len(members), 3):
+        first, last = members[start], members[min(start + 2, len(members) - 1)]
+        padded = -(-last.size // _TAR_BLOCK) * _TAR_BLOCK
+        raw = data[first.offset : last.offset_data + padded]
+        rows = parse_block(raw, where=f"{path}, block {start // 3}")[0].shape[0]
+        blocks.append(Block(offset=first.offset, bytes=len(raw), rows=rows, crc32=zlib.crc32(raw)))
+    return Shard(
+        name=path.name,
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        rows=sum(block.rows for block in blocks),
+        language=language,
+        blocks=tuple(blocks),
+    )
+
+
+def parse_block(
+    raw: bytes, *, where: str
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], dict[str, Any]]:
+    """Decode a block's bytes.
+
+    Returns:
+        input_ids [rows, seq_len] (uint16 or uint32), cu_seqlens [segments + 1] (int32) and the
+        sample's JSON.
+
+    Raises:
+        RunError: the bytes are not a block.
+    """
+    try:
+        with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
+            members = {m.name.partition(".")[2]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+        input_ids = np.load(io.BytesIO(members["input_ids.npy"]), allow_pickle=False)
+        cu_seqlens = np.load(io.BytesIO(members["cu_seqlens.npy"]), allow_pickle=False)
+        meta = json.loads(members["json"])
+    except (tarfile.TarError, KeyError, ValueError, EOFError, OSError) as error:
+        raise RunError(f"{where} is damaged ({error}); {_REMEDY}") from error
+    return input_ids, cu_seqlens, meta
+
+
+def publish(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest atomically and durably: from now on the folder is a data set."""
+    partial = folder / (MANIFEST + ".partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(manifest.to_json())
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, folder / MANIFEST)
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+class ShardReader:
+    """Checked random access to the blocks of a folder of shards, local or by fsspec URL.
+
+    Args:
+        url: folder or fsspec URL that holds manifest.json.
+
+    Raises:
+        ConfigError: there is no manifest there.
+        RunError: the manifest is damaged, or a shard is missing or not of the size it names.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+        manifest_path = f"{self._root.rstrip('/')}/{MANIFEST}"
+        try:
+            text = self._fs.cat_file(manifest_path).decode("utf-8", errors="replace")
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"data.shards={url} has no {MANIFEST}, so it is not a finished preparation; run "
+                "`python -m data_prep.build_shards --config RECIPE`, or name another folder"
+            ) from error
+        self.manifest = Manifest.from_json(text, where=f"{url}/{MANIFEST}")
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        for shard in self.manifest.shards:
+            try:
+                size = self._fs.size(self._path(shard))
+            except FileNotFoundError as error:
+                raise RunError(f"shard {self.url}/{shard.name} is missing; {_REMEDY}") from error
+            if size != shard.bytes:
+                raise RunError(
+                    f"shard {self.url}/{shard.name} has {size} bytes, the manifest says "
+                    f"{shard.bytes}: it was truncated or replaced; {_REMEDY}"
+                )
+
+    def _path(self, shard: Shard) -> str:
+        return f"{self._root.rstrip('/')}/{shard.name}"
+
+    @functools.cached_property
+    def _languages(self) -> dict[str | None, Sequence[tuple[Shard, Block]]]:
+        table: dict[str | None, list[tuple[Shard, Block]]] = {}
+        for shard in self.manifest.shards:
+            table.setdefault(shard.language, []).extend((shard, block) for block in shard.blocks)
+        return dict(table)
+
+    def blocks(self, language: str | None = None) -> list[Block]:
+        """The training blocks in the manifest's order, or a language's held-out blocks."""
+        return [block for _, block in self._languages.get(language, ())]
+
+    def read_block(
+        self, index: int, *, language: str | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """One block's input_ids [rows, seq_len] and cu_seqlens [segments + 1].
+
+        Raises:
+            RunError: the bytes are not those that were written.
+        """
+        shard, block = self._languages[language][index]
+        where = f"{self.url}/{shard.name}, block at byte {block.offset}"
+        end = block.offset + block.bytes
+        raw = self._fs.cat_file(self._path(shard), start=block.offset, end=end)
+        if zlib.crc32(raw) != block.crc32:
+            raise RunError(f"{where} is damaged: its CRC does not match the manifest; {_REMEDY}")
+        input_ids, cu_seqlens, _ = parse_block(raw, where=where)
+        return input_ids, cu_seqlens
