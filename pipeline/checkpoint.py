@@ -1,0 +1,220 @@
+"""Checkpoints that count once their marker is written, and the choice of the one to resume from.
+
+`OUTPUT_DIR/checkpoints/step-00000100/` holds DeepSpeed's shards and `COMPLETE`, a JSON written last
+with every file's size and sha256 and the run's state; `latest` names the newest and changes after.
+The state is small since the rest follows from integers: the data position and every rank's random
+numbers are functions of the step and the seed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.command import ConfigError, RunError
+from pipeline.collectives import agree, on_rank_0
+from pipeline.config import flatten
+from pipeline.engine import Engine, convert_to_universal
+from pipeline.topology import Topology
+
+MARKER = "COMPLETE"
+LATEST = "latest"
+# Keys that cannot change what is learned: where things lie, and how often they are written down.
+FREE_KEYS = frozenset(
+    "output_dir data.shards data.prepare data.row_log train.save_every train.keep_checkpoints "
+    "train.log_every train.eval_every".split()
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+    """What a checkpoint knows besides DeepSpeed's files.
+
+    Args:
+        step: optimizer steps done.
+        tokens: real tokens trained on.
+        world_size: ranks that wrote the files.
+        identity: dotted keys of the recipe, the ds_config and the digest of the shards.
+    """
+
+    step: int
+    tokens: int
+    world_size: int
+    identity: dict[str, Any]
+
+
+def tag_of(step: int) -> str:
+    """A checkpoint's folder name."""
+    return f"step-{step:08d}"
+
+
+def identity(recipe: Any, ds_policy: Mapping[str, Any], shards_digest: str) -> dict[str, Any]:
+    """What a run is, as dotted keys: two runs of equal identity learn the same."""
+    keys = {k: v for k, v in flatten(recipe).items() if not k.startswith("prep.")}
+    keys |= {f"deepspeed.{k}": v for k, v in flatten(dict(ds_policy)).items()}
+    keys["data.shards (content)"] = shards_digest
+    plain: dict[str, Any] = json.loads(json.dumps({k: keys[k] for k in sorted(keys.keys() - FREE_KEYS)}))
+    return plain
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        output_dir: the run's folder.
+        topology: of the ranks that write and read together.
+        keep: complete checkpoints that are kept.
+    """
+
+    def __init__(self, output_dir: Path, topology: Topology, *, keep: int) -> None:
+        self.folder = output_dir / "checkpoints"
+        self._topology = topology
+        self._keep = keep
+
+    def newest(self) -> State | None:
+        """`newest_state`, looked for by rank 0."""
+        return on_rank_0(lambda: newest_state(self.folder))
+
+    def save(self, engine: Engine, state: State) -> None:
+        """Write a checkpoint; when this returns on any rank it counts on all.
+
+        Raises:
+            RunError: a file could not be written.
+        """
+        path = self.folder / tag_of(state.step)
+        on_rank_0(lambda: self._clear(path))
+        engine.save(self.folder, path.name)
+        written = sorted(p for p in path.iterdir() if p.is_file())
+        # Ranks share the hashing; each syncs what it hashes before the marker may say so.
+        mine = written[self._topology.rank :: self._topology.world_size]
+        parts = agree(lambda: {p.name: _sync_and_describe(p) for p in mine})
+        files = {name: facts for part in parts for name, facts in part.items()}
+        on_rank_0(lambda: self._finish(path, state, files))
+
+    def _clear(self, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(path, ignore_errors=True)  # a torn attempt at the same step
+
+    def _finish(self, path: Path, state: State, files: dict[str, Any]) -> None:
+        body = {"state": dataclasses.asdict(state), "files": files}
+        write_durably(path / MARKER, json.dumps({**body, "digest": _digest(body)}, indent=1))
+        write_durably(self.folder / LATEST, path.name)
+        complete = sorted(p.parent for p in self.folder.glob(f"step-*/{MARKER}"))
+        for old in complete[: -self._keep]:
+            if old < path:
+                (old / MARKER).unlink()  # first, so that a kill leaves no half with a marker
+                shutil.rmtree(old)
+
+    def is_foreign(self, state: State) -> bool:
+        """Whether another number of ranks wrote it, so that its shards must be cut anew."""
+        return state.world_size != self._topology.world_size
+
+    def restore(self, engine: Engine, state: State) -> None:
+        """Load what `newest` gave; an engine for a foreign one is made with load_universal."""
+        if not self.is_foreign(state):
+            engine.load(self.folder, tag_of(state.step))
+            return
+        converted = self.folder / ".universal"
+        on_rank_0(lambda: convert_to_universal(self.folder, tag_of(state.step), converted))
+        engine.load(converted, tag_of(state.step))
+        on_rank_0(lambda: shutil.rmtree(converted))
+
+
+def newest_state(folder: Path) -> State | None:
+    """The newest whole checkpoint; newer torn or damaged ones are named and passed over."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            return read_state(path)
+        except RunError as error:
+            print(f"warning: {error}; the one before it is used", file=sys.stderr)
+    return None
+
+
+def read_state(path: Path) -> State:
+    """The state of a checkpoint folder, after checking every file against the marker.
+
+    Raises:
+        RunError: there is no marker, or something is not as it was written.
+    """
+    try:
+        body = json.loads((path / MARKER).read_text(encoding="utf-8"))
+        digest = body.pop("digest")
+        files, state = body["files"], State(**body["state"])
+    except FileNotFoundError as error:
+        raise RunError(f"checkpoint {path} has no {MARKER}: it was never finished") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"checkpoint {path} is damaged: {MARKER} is unreadable ({error})") from error
+    if digest != _digest(body):
+        raise RunError(f"checkpoint {path} is damaged: {MARKER} does not match its digest")
+    for name, facts in files.items():
+        file = path / name
+        if not file.is_file():
+            raise RunError(f"checkpoint {path} is damaged: {name} is missing")
+        if file.stat().st_size != facts["bytes"] or _sha256(file) != facts["sha256"]:
+            raise RunError(f"checkpoint {path} is damaged: {name} is not what was written")
+    return state
+
+
+def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: list[str]) -> None:
+    """Refuse to resume as another run than the checkpoint's.
+
+    Raises:
+        ConfigError: keys differ that --allow_change does not name.
+    """
+    changed = [
+        key
+        for key in sorted({*saved, *now})
+        if saved.get(key) != now.get(key) and not any(_names(a, key) for a in allowed)
+    ]
+    if changed:
+        listed = ", ".join(f"{key} (was {saved.get(key)!r}, is {now.get(key)!r})" for key in changed)
+        raise ConfigError(
+            f"the checkpoint was made with other values of {listed}, so the run would not be the "
+            "one that started; restore them, use another output_dir, or pass --allow_change "
+            f"'{json.dumps(changed)}'"
+        )
+
+
+def _names(allowed: str, key: str) -> bool:
+    return key == allowed or key.startswith(f"{allowed}.")
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file atomically; it is on disk when this returns."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, path)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_and_describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as stream:
+        os.fsync(stream.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,357 @@
+"""The recipe: typed sections, strict loading, and the rules between keys."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+
+from data_prep.command import ConfigError, parse_recipe
+from data_prep.config import Prep
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_RECIPE = ROOT / "recipes" / "demo.yaml"
+DEFAULT_DS_CONFIG = ROOT / "ds_configs" / "zero2.json"
+RELATIONS = ("qq", "kk", "vv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """The frozen model that is imitated.
+
+    Args:
+        model: hub id or folder.
+        layer: 1-based layer whose queries, keys and values are the target; null is the last.
+        dtype: that the teacher computes in.
+    """
+
+    model: str
+    layer: int | None = None
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Student:
+    """The model that trains: of the teacher's family, in this shape, or one to start from.
+
+    Args:
+        model: hub id or folder to start from, which then brings its own shape; null starts anew.
+        num_hidden_layers: layers.
+        hidden_size: width.
+        num_attention_heads: attention heads; independent of the relation heads.
+        intermediate_size: width of the feed-forward layers.
+        hidden_dropout_prob: dropout after embeddings, attention and feed-forward, while training.
+        attention_probs_dropout_prob: dropout of attention weights, while training.
+    """
+
+    model: str | None = None
+    num_hidden_layers: int = 6
+    hidden_size: int = 384
+    num_attention_heads: int = 12
+    intermediate_size: int = 1536
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What of the teacher is imitated.
+
+    Args:
+        name: minilmv2, multi-head self-attention relations (arXiv 2012.15828).
+        num_relation_heads: heads that queries, keys and values are split into for the relations;
+            divides both models' widths. The paper takes 48 for base and 64 for large teachers.
+        relations: weight of each relation's loss: qq, kk, vv.
+        relation_kl: implementation: chunked (any device, little memory) or reference (the oracle).
+    """
+
+    name: Literal["minilmv2"] = "minilmv2"
+    num_relation_heads: int = 64
+    relations: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict.fromkeys(RELATIONS, 1.0)
+    )
+    relation_kl: Literal["chunked", "reference"] = "chunked"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """What the student is trained on.
+
+    Args:
+        shards: folder or fsspec URL of prepared shards; null is prep.output_dir.
+        prepare: prepare the shards from prep.input first where there are none yet; meant for small
+            corpora, since one process does it while the other ranks wait.
+        row_log: write the ids of the rows that each rank trains on to OUTPUT_DIR/rows/.
+    """
+
+    shards: str | None = None
+    prepare: bool = False
+    row_log: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train:
+    """Schedule and optimizer (AdamW, linear warm-up, linear decay to 0 at max_steps).
+
+    Args:
+        max_steps: optimizer steps.
+        batch_size: rows of one optimizer step, over all ranks.
+        micro_batch_size: rows of one rank and forward pass.
+        learning_rate: peak.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: of matrices and embeddings; biases and layer norms do not decay.
+        adam_betas: of AdamW.
+        adam_eps: of AdamW.
+        max_grad_norm: global gradient norm that gradients are clipped to.
+        save_every: steps between checkpoints.
+        keep_checkpoints: complete checkpoints that are kept.
+        log_every: steps between lines of metrics.jsonl.
+        eval_every: steps between held-out losses; 0 is never.
+    """
+
+    max_steps: int
+    batch_size: int
+    micro_batch_size: int
+    learning_rate: float = 6e-4
+    warmup_steps: int = 4000
+    weight_decay: float = 0.01
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = 1e-6
+    max_grad_norm: float = 1.0
+    save_every: int = 1000
+    keep_checkpoints: int = 3
+    log_every: int = 10
+    eval_every: int = 1000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run.
+
+    Args:
+        output_dir: folder that the run writes to, and resumes from.
+        teacher: the frozen model that is imitated.
+        train: schedule and optimizer.
+        seed: of initialisation, dropout and data order.
+        student: the model that trains.
+        objective: what of the teacher is imitated.
+        prep: how raw text becomes shards.
+        data: what the student is trained on.
+    """
+
+    output_dir: str
+    teacher: Teacher
+    train: Train
+    seed: int = 1
+    student: Student = dataclasses.field(default_factory=Student)
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    prep: Prep = dataclasses.field(default_factory=Prep)
+    data: Data = dataclasses.field(default_factory=Data)
+
+    @property
+    def shards(self) -> str:
+        """Folder or URL of the shards."""
+        shards = self.data.shards or self.prep.output_dir
+        if not shards:
+            raise ConfigError(
+                "data.shards and prep.output_dir are both null, so there is nothing to train on; "
+                "set data.shards to a folder of prepared shards"
+            )
+        return shards
+
+    @property
+    def tokenizer(self) -> str:
+        """Hub id or folder of the tokenizer that teacher, student and shards share."""
+        return self.prep.tokenizer or self.teacher.model
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Forward passes of each rank in an optimizer step."""
+        return self.train.batch_size // (self.train.micro_batch_size * world_size)
+
+
+def load_recipe(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
+    """The recipe of a `train.py` command line, and its options `deepspeed` and `allow_change`.
+
+    Raises:
+        ConfigError: anything in it that can be refused without looking at models or data.
+    """
+
+    def add_options(parser: ArgumentParser) -> None:
+        parser.add_argument(
+            "--deepspeed", type=str, default=str(DEFAULT_DS_CONFIG), help="DeepSpeed JSON"
+        )
+        parser.add_argument(
+            "--allow_change",
+            type=list[str],
+            default=[],
+            help="recipe keys that may differ from the checkpoint's, although they change the run",
+        )
+        parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; unused")
+
+    recipe, options = parse_recipe(
+        Recipe,
+        argv,
+        prog="deepspeed pipeline/train.py",
+        description="Distil a teacher's self-attention relations into a small student.",
+        default_config=str(DEFAULT_RECIPE),
+        add_options=add_options,
+    )
+    check_recipe(recipe)
+    return recipe, options
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse what cannot work, by rules that need neither models nor data.
+
+    Raises:
+        ConfigError: naming the key, its value, the rule and the remedy.
+    """
+    train, student, objective = recipe.train, recipe.student, recipe.objective
+    at_least_one = {
+        "train.max_steps": train.max_steps,
+        "train.batch_size": train.batch_size,
+        "train.micro_batch_size": train.micro_batch_size,
+        "train.save_every": train.save_every,
+        "train.keep_checkpoints": train.keep_checkpoints,
+        "train.log_every": train.log_every,
+        "student.num_hidden_layers": student.num_hidden_layers,
+        "student.hidden_size": student.hidden_size,
+        "student.num_attention_heads": student.num_attention_heads,
+        "student.intermediate_size": student.intermediate_size,
+        "objective.num_relation_heads": objective.num_relation_heads,
+    }
+    for key, value in at_least_one.items():
+        if value < 1:
+            raise ConfigError(f"{key}={value} is below 1, so nothing would train; use 1 or more")
+    not_negative = {
+        "train.warmup_steps": train.warmup_steps,
+        "train.eval_every": train.eval_every,
+        "train.weight_decay": train.weight_decay,
+        "seed": recipe.seed,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ConfigError(f"{key}={value} is negative; use 0 or more")
+    for key, value in (
+        ("train.learning_rate", train.learning_rate),
+        ("train.max_grad_norm", train.max_grad_norm),
+        ("train.adam_eps", train.adam_eps),
+    ):
+        if not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"{key}={value} is not a positive number; use one above 0")
+    for key, value in (
+        ("train.adam_betas", max(train.adam_betas)),
+        ("train.adam_betas", min(train.adam_betas)),
+        ("student.hidden_dropout_prob", student.hidden_dropout_prob),
+        ("student.attention_probs_dropout_prob", student.attention_probs_dropout_prob),
+    ):
+        if not 0 <= value < 1:
+            raise ConfigError(f"{key}={value} is outside 0 <= x < 1; use a value in that range")
+    _check_relations(objective)
+    if not student.model and student.hidden_size % student.num_attention_heads:
+        raise ConfigError(
+            f"student.num_attention_heads={student.num_attention_heads} does not divide "
+            f"student.hidden_size={student.hidden_size}, so heads would have unequal widths; use "
+            f"one of {divisors(student.hidden_size)}"
+        )
+    if train.batch_size % train.micro_batch_size:
+        raise ConfigError(
+            f"train.micro_batch_size={train.micro_batch_size} does not divide "
+            f"train.batch_size={train.batch_size}, so a step would miss rows; use one of "
+            f"{divisors(train.batch_size)}"
+        )
+
+
+def _check_relations(objective: Objective) -> None:
+    if unknown := sorted(objective.relations.keys() - set(RELATIONS)):
+        raise ConfigError(
+            f"objective.relations has {unknown[0]!r}, which is not a relation of minilmv2; use "
+            f"{', '.join(RELATIONS)}"
+        )
+    weights = objective.relations.values()
+    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+        raise ConfigError(
+            f"objective.relations={objective.relations} needs weights >= 0 and one above 0, "
+            "otherwise there is nothing to imitate; the paper's are {qq: 1, kk: 1, vv: 1}"
+        )
+
+
+def check_world(recipe: Recipe, world_size: int) -> None:
+    """Refuse a batch that these ranks cannot share evenly.
+
+    Raises:
+        ConfigError: train.batch_size is not a multiple of micro_batch_size times the ranks.
+    """
+    train = recipe.train
+    step = train.micro_batch_size * world_size
+    if train.batch_size % step:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x {world_size} ranks = {step}, so ranks would get unequal "
+            f"shares; use a multiple of {step}, or fewer ranks"
+        )
+
+
+def check_shapes(
+    recipe: Recipe, *, teacher_layers: int, teacher_hidden: int, student_hidden: int
+) -> None:
+    """Refuse an objective that the two models' shapes do not allow.
+
+    Raises:
+        ConfigError: teacher.layer does not exist, or the relation heads do not divide a width.
+    """
+    layer = recipe.teacher.layer
+    if layer is not None and not 1 <= layer <= teacher_layers:
+        raise ConfigError(
+            f"teacher.layer={layer} does not exist: {recipe.teacher.model} has layers 1 to "
+            f"{teacher_layers}; use one of these, or null for the last"
+        )
+    heads = recipe.objective.num_relation_heads
+    for whose, hidden in (("teacher", teacher_hidden), ("student", student_hidden)):
+        if hidden % heads:
+            common = divisors(math.gcd(teacher_hidden, student_hidden))
+            raise ConfigError(
+                f"objective.num_relation_heads={heads} does not divide the {whose}'s hidden size "
+                f"{hidden}, so the last head would be cut short; use one of {common}"
+            )
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping or dataclass as dotted keys."""
+    if dataclasses.is_dataclass(section) and not isinstance(section, type):
+        section = dataclasses.asdict(section)
+    if not isinstance(section, dict) or not section:
+        return {prefix: section}
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def read_ds_config(path: str) -> dict[str, Any]:
+    """The DeepSpeed JSON that the command line names.
+
+    Raises:
+        ConfigError: it cannot be read or is not a JSON object.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"--deepspeed {path} cannot be read ({error.strerror}); name one of ds_configs/*.json"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed {path} is not JSON ({error}); correct it") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"--deepspeed {path} holds {type(config).__name__}, not a JSON object")
+    return config

@@ -1,0 +1,300 @@
+"""The DeepSpeed seam: what its JSON may say, the engine around the student, its sharded files."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.command import ConfigError, RunError, one_line
+from pipeline.config import Recipe, flatten
+from pipeline.loader import Batch
+from pipeline.models import CutEncoder
+from pipeline.objectives import QKV
+from pipeline.topology import Topology
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest a rank waits, e.g. while rank 0 prepares text
+KNOWN_KEYS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
+    "gradient_clipping optimizer bf16 fp16 data_types zero_optimization communication_data_type "
+    "prescale_gradients gradient_predivide_factor comms_logger flops_profiler "
+    "wall_clock_breakdown memory_breakdown dump_state steps_per_print "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio seed".split()
+)
+
+
+def merge_ds_config(policy: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration: the policy file with every "auto" replaced by the recipe's value.
+
+    The optimizer block is checked and left out: AdamW is built here, with the recipe's values, so
+    that biases and layer norms do not decay.
+
+    Raises:
+        ConfigError: a key that is unknown (DeepSpeed would ignore it), a literal that contradicts
+            the recipe, or a combination that trains wrongly.
+    """
+    config = copy.deepcopy(dict(policy))
+    if unknown := sorted(config.keys() - KNOWN_KEYS):
+        raise ConfigError(
+            f"ds_config key {unknown[0]!r} is not one this project passes on (DeepSpeed ignores "
+            f"unknown keys silently); remove it, or use one of {', '.join(sorted(KNOWN_KEYS))}"
+        )
+    for section in ("optimizer", "bf16", "fp16", "data_types", "zero_optimization"):
+        if not isinstance(config.get(section, {}), dict):
+            raise ConfigError(f"ds_config {section}={config[section]!r} is not a JSON object")
+    train = recipe.train
+    _check_optimizer(config.pop("optimizer", {}), recipe)
+    decided = {
+        "train_batch_size": ("train.batch_size", train.batch_size),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+        "gradient_accumulation_steps": (
+            "train.batch_size / (train.micro_batch_size x ranks)",
+            recipe.accumulation_steps(world_size),
+        ),
+        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
+    }
+    for key, (recipe_key, value) in decided.items():
+        _check_literal(key, config.get(key, "auto"), recipe_key, value)
+        config[key] = value
+    _check_precision_and_stage(config)
+    if leftover := sorted(k for k, v in flatten(config).items() if v == "auto"):
+        raise ConfigError(
+            f'ds_config {leftover[0]}="auto" is not decided by the recipe; give it a value or '
+            "remove it for DeepSpeed's default"
+        )
+    return config
+
+
+def _check_literal(key: str, literal: Any, recipe_key: str, value: Any) -> None:
+    same = list(literal) == list(value) if isinstance(literal, list) else literal == value
+    if literal != "auto" and not same:
+        raise ConfigError(
+            f"ds_config {key}={literal} contradicts {recipe_key}={value} of the recipe; write "
+            f'"auto" there, or change the recipe'
+        )
+
+
+def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
+    if optimizer.get("type", "AdamW").lower() != "adamw":
+        raise ConfigError(
+            f"ds_config optimizer.type={optimizer['type']!r} is not AdamW, which this project "
+            "trains with; write AdamW or remove the block"
+        )
+    decided = {
+        "lr": ("train.learning_rate", recipe.train.learning_rate),
+        "betas": ("train.adam_betas", list(recipe.train.adam_betas)),
+        "eps": ("train.adam_eps", recipe.train.adam_eps),
+        "weight_decay": ("train.weight_decay", recipe.train.weight_decay),
+    }
+    params = optimizer.get("params", {})
+    if unknown := sorted(params.keys() - decided.keys() - {"torch_adam", "adam_w_mode"}):
+        raise ConfigError(
+            f"ds_config optimizer.params.{unknown[0]} is not used; remove it (known: "
+            f"{', '.join(decided)})"
+        )
+    for key, (recipe_key, value) in decided.items():
+        _check_literal(f"optimizer.params.{key}", params.get(key, "auto"), recipe_key, value)
+
+
+def _check_precision_and_stage(config: dict[str, Any]) -> None:
+    enabled = [p for p in ("bf16", "fp16") if config.get(p, {}).get("enabled", False)]
+    if len(enabled) == 2:
+        raise ConfigError("ds_config enables bf16 and fp16; a student has one precision: drop one")
+    if not config.get("bf16", {}).get("check_grad_overflow", True):
+        raise ConfigError(
+            "ds_config bf16.check_grad_overflow=false lets a non-finite gradient into the weights; "
+            "remove it"
+        )
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (1, 2, 3):
+        raise ConfigError(
+            f"ds_config zero_optimization.stage={stage} is not 1, 2 or 3 (stage 0 with bf16 takes "
+            "wrong first Adam steps in DeepSpeed 0.19.8); use 1, which does the same arithmetic"
+        )
+
+
+def init_distributed(topology: Topology) -> torch.device:
+    """Connect the ranks and return this rank's device.
+
+    Raises:
+        RunError: there is an NVIDIA driver but torch cannot use it, so DeepSpeed would train on
+            the CPU without saying so.
+    """
+    driver = Path("/proc/driver/nvidia/version").exists()
+    if driver and not torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        raise RunError(
+            "this host has an NVIDIA driver but torch sees no GPU, so training would fall back to "
+            "the CPU; repair the driver, or set DS_ACCELERATOR=cpu to mean it"
+        )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(topology.threads)
+    deepspeed = _import_deepspeed()
+    with _quiet():
+        deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(topology.local_rank)
+        return torch.device("cuda", topology.local_rank)
+    return torch.device("cpu")
+
+
+def _import_deepspeed() -> Any:
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    # Used by tensor-parallel inference only; on CPU DeepSpeed would compile it at the first start,
+    # for a minute, and fail where there is no compiler.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DeepSpeed prints its configuration and progress on stdout whatever its log level."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """`grad_norm` before clipping; `applied` is False where the gradient was not finite."""
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine:
+    """A student in a DeepSpeed engine.
+
+    Args:
+        student: on the CPU or the device, in fp32.
+        recipe: gives AdamW its values.
+        ds_config: from `merge_ds_config`.
+        load_universal: `load` will be given a universal checkpoint.
+    """
+
+    def __init__(
+        self,
+        student: CutEncoder,
+        recipe: Recipe,
+        ds_config: dict[str, Any],
+        *,
+        load_universal: bool,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.fp16 = bool(ds_config.get("fp16", {}).get("enabled", False))
+        self.stage = int(ds_config["zero_optimization"]["stage"])
+        train = recipe.train
+        matrices = [p for p in student.parameters() if p.ndim > 1]
+        vectors = [p for p in student.parameters() if p.ndim == 1]
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": train.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=train.learning_rate,
+            betas=train.adam_betas,
+            eps=train.adam_eps,
+        )
+        # Ranks that disagree on a tag would write two halves of two checkpoints.
+        checkpoint = {"tag_validation": "Fail", "load_universal": load_universal}
+        try:
+            with _quiet():
+                self._engine, *_ = deepspeed.initialize(
+                    model=student,
+                    optimizer=optimizer,
+                    model_parameters=list(student.parameters()),
+                    config={**ds_config, "checkpoint": checkpoint},
+                )
+        except (ValueError, AssertionError, TypeError) as error:  # pydantic's and DeepSpeed's own
+            raise ConfigError(
+                f"DeepSpeed refuses the ds_config ({one_line(error)}); correct that key"
+            ) from error
+
+    def train(self, mode: bool) -> None:
+        """Dropout on or off."""
+        self._engine.train(mode)
+
+    def __call__(self, batch: Batch) -> QKV:
+        """The student's queries, keys and values, each [T, width]."""
+        qkv: QKV = self._engine(batch.input_ids, batch.positions, batch.cu_seqlens)
+        return qkv
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradient of `loss` / accumulation steps, averaged over ranks."""
+        self._engine.backward(loss)
+
+    def between_micro_batches(self) -> None:
+        """Tell DeepSpeed that a micro-batch other than the step's last one is done."""
+        self._engine.step()
+
+    def step(self, learning_rate: float) -> StepResult:
+        """Clip, update the weights, clear the gradient; a non-finite gradient updates nothing."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        return StepResult(
+            grad_norm=float(self._engine.get_global_grad_norm()),
+            applied=self._engine.was_step_applied(),
+        )
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Every rank writes its shard into folder/tag; returns after all have."""
+        with _quiet():
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Restore weights and optimizer from folder/tag.
+
+        Raises:
+            RunError: DeepSpeed finds nothing there.
+        """
+        with _quiet():
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if loaded is None:
+            raise RunError(f"DeepSpeed finds no checkpoint in {folder / tag}; it is damaged")
+
+
+def convert_to_universal(folder: Path, tag: str, destination: Path) -> None:
+    """Write folder/tag to destination/tag in the form that any number of ranks can load.
+
+    Raises:
+        RunError: DeepSpeed's converter fails.
+    """
+    shutil.rmtree(destination, ignore_errors=True)
+    converter = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
+    places = ["--input_folder", str(folder / tag), "--output_folder", str(destination / tag)]
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
+    done = subprocess.run([*converter, *places, *workers], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise RunError(
+            f"{folder / tag} cannot be converted for another number of ranks ({reason}); resume "
+            "with the number that it was written by"
+        )
+
+
+def read_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
+    """The student's fp32 master weights from the shards of any ZeRO stage and number of ranks.
+
+    DeepSpeed's files are pickles: only read those of a run that you trust.
+    """
+    _import_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
+    return {name.removeprefix("model."): weight.float() for name, weight in weights.items()}

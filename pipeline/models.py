@@ -1,0 +1,227 @@
+"""The transformers seam: encoders cut at the layer whose Q, K, V matter, and the tokenizer."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils import logging
+
+from data_prep.command import ConfigError, one_line
+from pipeline.attention import PACKED, packed_attention
+from pipeline.config import Recipe, Student
+from pipeline.loader import Batch
+from pipeline.objectives import QKV
+
+logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
+logging.disable_progress_bar()
+AttentionInterface.register(PACKED, packed_attention)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What differs between encoders that are built like BERT (`embeddings`, `encoder.layer[i]`).
+
+    Args:
+        first_position: the position id of a segment's first token.
+    """
+
+    first_position: Callable[[Any], int]
+
+
+def _zero(config: Any) -> int:
+    return 0
+
+
+def _after_padding(config: Any) -> int:
+    return int(config.pad_token_id) + 1  # fairseq counts positions from the padding id on
+
+
+FAMILIES = {
+    "bert": Family(first_position=_zero),
+    "roberta": Family(first_position=_after_padding),
+    "camembert": Family(first_position=_after_padding),
+    "xlm-roberta": Family(first_position=_after_padding),
+}
+
+
+class CutEncoder(nn.Module):
+    """An encoder up to the queries, keys and values of its last layer, over packed segments.
+
+    What comes after them is taken out of the module: it would cost time, memory and, in an
+    optimizer, weight decay, and no gradient reaches it. Parameter names are the full model's.
+
+    Args:
+        model: a transformers encoder of a known family; its last layer is the one that is cut.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.first_position = FAMILIES[model.config.model_type].first_position(model.config)
+        model.pooler = None
+        last = model.encoder.layer[-1]
+        last.attention.output = last.intermediate = last.output = None
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> QKV:
+        """Queries, keys and values of the last layer.
+
+        Args:
+            input_ids: [1, T] int64.
+            positions: [1, T] int64, from 0 in each segment.
+            cu_seqlens: [segments + 1] int32, on the CPU.
+
+        Returns:
+            Three tensors [T, hidden] in the model's dtype.
+        """
+        bounds = cu_seqlens.tolist()
+        hidden = self.model.embeddings(
+            input_ids=input_ids, position_ids=positions + self.first_position
+        )
+        *layers, last = self.model.encoder.layer
+        for layer in layers:
+            hidden = layer(hidden, attention_mask=None, bounds=bounds)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+        projections = last.attention.self
+        hidden = hidden.squeeze(0)
+        return QKV(projections.query(hidden), projections.key(hidden), projections.value(hidden))
+
+    def named_weights(self) -> dict[str, torch.Tensor]:
+        """Parameters under the names that the full model gives them."""
+        return {name.removeprefix("model."): p for name, p in self.named_parameters()}
+
+
+class TeacherModel:
+    """The frozen teacher: not a module, so that no engine, optimizer or checkpoint can hold it."""
+
+    def __init__(self, encoder: CutEncoder) -> None:
+        self._encoder = encoder.eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def __call__(self, batch: Batch) -> QKV:
+        """Queries, keys and values of the teacher's layer, each [T, teacher width]."""
+        qkv: QKV = self._encoder(batch.input_ids, batch.positions, batch.cu_seqlens)
+        return qkv
+
+
+def read_config(key: str, source: str) -> Any:
+    """The transformers configuration of a hub id or folder.
+
+    Args:
+        key: recipe key that names it, for the message.
+        source: hub id or folder.
+
+    Raises:
+        ConfigError: nothing is there, or its architecture is not known here.
+    """
+    path = Path(source)
+    looks_like_path = path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1
+    if looks_like_path and not path.is_dir():
+        raise ConfigError(f"{key}={source!r} is not a folder; correct the path or give a hub id")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"{key}={source!r} has no config.json, so it is not a model folder; name one that "
+            "`save_pretrained` wrote"
+        )
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"{key}={source!r} does not load ({one_line(error)}); give a folder that exists or a "
+            "hub id that this machine can reach"
+        ) from error
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"{key}={source!r} is a {config.model_type!r} model, whose Q, K and V are not known "
+            f"here; known architectures: {', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def longest_segment(config: Any) -> int:
+    """Tokens that the model has positions for."""
+    first = FAMILIES[config.model_type].first_position(config)
+    return int(config.max_position_embeddings) - first
+
+
+def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
+    """The teacher up to its layer; layers above are not even read into memory.
+
+    Raises:
+        ConfigError: the folder lacks weights that the teacher needs.
+    """
+    config = read_config("teacher.model", recipe.teacher.model)
+    config.num_hidden_layers = recipe.teacher.layer or config.num_hidden_layers
+    dtype = getattr(torch, recipe.teacher.dtype)
+    model = _load("teacher.model", recipe.teacher.model, config, dtype, add_pooling_layer=False)
+    return TeacherModel(CutEncoder(model).to(device))
+
+
+def student_config(student: Student, teacher_config: Any) -> Any:
+    """The student's configuration: the teacher's family and vocabulary in the recipe's shape."""
+    if student.model:
+        config = read_config("student.model", student.model)
+    else:
+        config = copy.deepcopy(teacher_config)
+        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
+            setattr(config, key, getattr(student, key))
+    config.hidden_dropout_prob = student.hidden_dropout_prob
+    config.attention_probs_dropout_prob = student.attention_probs_dropout_prob
+    config.dtype = torch.float32
+    return config
+
+
+def build_student(student: Student, config: Any, seed: int) -> Any:
+    """The whole student in fp32: new, the same for every rank of a seed, or from a folder.
+
+    Raises:
+        ConfigError: student.model lacks weights of its encoder.
+    """
+    torch.manual_seed(seed)  # also for what a folder may lack: the pooler
+    if student.model:
+        return _load("student.model", student.model, config, torch.float32)
+    return AutoModel.from_config(config, attn_implementation=PACKED)
+
+
+def _load(key: str, source: str, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+    try:
+        model, loading = AutoModel.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=PACKED,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{key}={source!r} does not load ({one_line(error)})") from error
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ConfigError(
+            f"{key}={source!r} has no weights for {missing[0]!r} and {len(missing) - 1} more, "
+            "which would be random; name a folder with the whole encoder"
+        )
+    return model
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a hub id or folder.
+
+    Raises:
+        ConfigError: none loads from there.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ConfigError(
+            f"the tokenizer {source!r} does not load ({one_line(error)}); set prep.tokenizer to "
+            "the one that the shards were made with"
+        ) from error

@@ -1,0 +1,384 @@
+"""One run, checked and assembled in the order in which things can be refused most cheaply."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from data_prep.command import ConfigError, RunError
+from data_prep.config import check_prep
+from data_prep.shards import MANIFEST, ShardReader, tokenizer_fingerprint
+from pipeline.checkpoint import Checkpoints, State, check_identity, identity, tag_of, write_durably
+from pipeline.collectives import all_sum, on_rank_0
+from pipeline.config import ROOT, Recipe, check_shapes, check_world, read_ds_config
+from pipeline.engine import Engine, StepResult, init_distributed, merge_ds_config
+from pipeline.export import CONFIG, export_student, save_start
+from pipeline.heldout import heldout_losses
+from pipeline.loader import Batch, Loader
+from pipeline.metrics import JsonLines, Metrics
+from pipeline.models import (
+    CutEncoder,
+    TeacherModel,
+    build_student,
+    load_teacher,
+    load_tokenizer,
+    longest_segment,
+    read_config,
+    student_config,
+)
+from pipeline.objectives import active_relations
+from pipeline.provenance import provenance
+from pipeline.report import write_report
+from pipeline.stopping import StopRequest
+from pipeline.topology import Topology
+
+LOCK_PATIENCE = 120.0  # seconds: ranks of a launcher that died still finish and save their step
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """All that the loop works with. `state` moves on with every step; the rest stays.
+
+    Only rank 0 has `metrics`; `row_log` is None unless data.row_log is set.
+    """
+
+    recipe: Recipe
+    topology: Topology
+    device: torch.device
+    stop: StopRequest
+    loader: Loader
+    heldout: dict[str, list[Batch]]
+    teacher: TeacherModel
+    engine: Engine
+    checkpoints: Checkpoints
+    metrics: Metrics | None
+    row_log: JsonLines | None
+    state: State
+    bar: tqdm[Any]
+    seconds: float = 0.0  # of training since the last log line
+    tokens_logged: int = 0
+
+    def advance(self, num_tokens: int, seconds: float) -> None:
+        """Count a step that is done."""
+        self.state = dataclasses.replace(
+            self.state, step=self.state.step + 1, tokens=self.state.tokens + num_tokens
+        )
+        self.seconds += seconds
+        self.bar.update()
+
+    def log(self, sums: torch.Tensor, num_tokens: int, rate: float, result: StepResult) -> None:
+        """Write the step's metrics.
+
+        Args:
+            sums: [relations] float64, this rank's losses times tokens, in the objective's order.
+            num_tokens: of the step, over all ranks.
+            rate: the step's learning rate.
+            result: what the engine says of the step.
+        """
+        means = (all_sum(sums) / num_tokens).tolist()
+        weights = self.recipe.objective.relations
+        losses = dict(zip(active_relations(self.recipe.objective), means, strict=True))
+        loss = sum(weights[name] * mean for name, mean in losses.items())
+        tokens = self.state.tokens - self.tokens_logged
+        if self.metrics is not None:
+            self.metrics.write(
+                self.state.step,
+                {
+                    "loss": loss,
+                    **{f"loss_{name}": mean for name, mean in losses.items()},
+                    "lr": rate,
+                    "grad_norm": result.grad_norm if result.applied else None,
+                    "tokens": self.state.tokens,
+                    "tokens_per_second": round(tokens / self.seconds, 1),
+                },
+            )
+        self.bar.set_postfix(loss=f"{loss:.4f}")
+        self.tokens_logged, self.seconds = self.state.tokens, 0.0
+
+    def evaluate(self) -> None:
+        """Write the held-out loss of every language."""
+        if self.heldout:
+            losses = heldout_losses(
+                self.engine,
+                self.teacher,
+                self.heldout,
+                self.recipe.objective,
+                self.topology,
+                self.device,
+            )
+            if self.metrics is not None:
+                self.metrics.write(self.state.step, losses)
+
+    def save(self) -> None:
+        """Write a checkpoint of the state, after everything that it may stand for."""
+        for log in (self.metrics, self.row_log):
+            if log is not None:
+                log.sync()
+        self.checkpoints.save(self.engine, self.state)
+
+    def finish(self) -> None:
+        """Export the student and write the report, on rank 0."""
+        self.bar.close()
+        on_rank_0(lambda: finish(self.recipe, self.state))
+
+
+def finish(recipe: Recipe, state: State) -> None:
+    """What a trained run leaves for people: the student and the report."""
+    output_dir = Path(recipe.output_dir)
+    export_student(recipe, output_dir, state)
+    write_report([output_dir])
+    print(f"finished: {output_dir}/student, {output_dir}/report.html")
+
+
+def assemble(recipe: Recipe, *, deepspeed: str, allow_change: list[str]) -> Run | None:
+    """Check everything, connect the ranks, and start or restore the run.
+
+    Args:
+        recipe: checked by itself.
+        deepspeed: path of the DeepSpeed JSON.
+        allow_change: keys that may differ from the checkpoint's.
+
+    Returns:
+        The run, or None where it is finished and nothing is left to do.
+
+    Raises:
+        ConfigError: something in recipe, models, shards and checkpoint does not fit together.
+        RunError: damaged shards.
+    """
+    topology = Topology.from_environment()
+    stop = StopRequest()
+    check_world(recipe, topology.world_size)
+    ds_policy = read_ds_config(deepspeed)
+    ds_config = merge_ds_config(ds_policy, recipe, topology.world_size)
+    teacher_config = read_config("teacher.model", recipe.teacher.model)
+    config = student_config(recipe.student, teacher_config)
+    check_shapes(
+        recipe,
+        teacher_layers=teacher_config.num_hidden_layers,
+        teacher_hidden=teacher_config.hidden_size,
+        student_hidden=config.hidden_size,
+    )
+    output_dir = Path(recipe.output_dir)
+    if topology.rank == 0:
+        _claim(output_dir)  # before the ranks connect: a dying run still holds the port
+    device = init_distributed(topology)
+    on_rank_0(lambda: _prepare_if_missing(recipe))
+    on_rank_0(lambda: _check_shards(recipe, teacher_config, config))
+    reader = ShardReader(recipe.shards)
+    shards_digest = hashlib.sha256(reader.manifest.to_json().encode()).hexdigest()
+
+    checkpoints = Checkpoints(output_dir, topology, keep=recipe.train.keep_checkpoints)
+    state = checkpoints.newest()
+    now = identity(recipe, ds_policy, shards_digest)
+    if state is not None:
+        check_identity(state.identity, now, allow_change)
+        if state.step >= recipe.train.max_steps:
+            on_rank_0(lambda: _already_finished(recipe, state))
+            return None
+    on_rank_0(lambda: _write_start(recipe, ds_config, topology, shards_digest))
+    return _build(recipe, ds_config, config, topology, device, stop, reader, checkpoints, state, now)
+
+
+def _build(
+    recipe: Recipe,
+    ds_config: dict[str, Any],
+    config: Any,
+    topology: Topology,
+    device: torch.device,
+    stop: StopRequest,
+    reader: ShardReader,
+    checkpoints: Checkpoints,
+    saved: State | None,
+    now: dict[str, Any],
+) -> Run:
+    output_dir = Path(recipe.output_dir)
+    train = recipe.train
+    loader = Loader(
+        reader,
+        topology,
+        batch_size=train.batch_size,
+        micro=train.micro_batch_size,
+        seed=recipe.seed,
+    )
+    teacher = load_teacher(recipe, device)
+    model = build_student(recipe.student, config, recipe.seed)
+    config.architectures = [type(model).__name__]
+    whole = model.state_dict()
+    student = CutEncoder(model)
+    untrained = {name: whole[name] for name in whole.keys() - student.named_weights().keys()}
+    if saved is None:
+        tokenizer = load_tokenizer(recipe.tokenizer)
+        on_rank_0(lambda: save_start(config, tokenizer, untrained, output_dir))
+    foreign = saved is not None and checkpoints.is_foreign(saved)
+    engine = Engine(student, recipe, ds_config, load_universal=foreign)
+    if saved is None:
+        state = State(step=0, tokens=0, world_size=topology.world_size, identity=now)
+    else:
+        checkpoints.restore(engine, saved)
+        state = dataclasses.replace(saved, world_size=topology.world_size, identity=now)
+        if topology.rank == 0:
+            print(f"resuming from {checkpoints.folder / tag_of(state.step)}", flush=True)
+    engine.train(True)
+    is_first = topology.rank == 0
+    on_rank_0(lambda: _cut_row_logs(output_dir, state.step))
+    return Run(
+        recipe=recipe,
+        topology=topology,
+        device=device,
+        stop=stop,
+        loader=loader,
+        heldout={language: loader.heldout(language) for language in reader.manifest.heldout_rows},
+        teacher=teacher,
+        engine=engine,
+        checkpoints=checkpoints,
+        metrics=Metrics(output_dir, resume_step=state.step) if is_first else None,
+        row_log=_row_log(output_dir, topology, state.step) if recipe.data.row_log else None,
+        state=state,
+        bar=tqdm(
+            total=train.max_steps,
+            initial=state.step,
+            desc="distil",
+            unit="step",
+            disable=None if is_first else True,
+        ),
+        tokens_logged=state.tokens,
+    )
+
+
+def _claim(output_dir: Path) -> None:
+    """Make this process the only one that trains in a folder, until it ends however it ends.
+
+    Raises:
+        ConfigError: another process keeps the folder.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    # Never closed: the lock lasts as long as the process.
+    descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"another process is training in output_dir={output_dir}, and two would damage "
+                "each other's checkpoints; end it, or use another output_dir"
+            )
+        time.sleep(0.5)
+
+
+def _prepare_if_missing(recipe: Recipe) -> None:
+    """Prepare a small corpus in a process of its own, where data.prepare allows it."""
+    shards = Path(recipe.shards)
+    if not recipe.data.prepare or "://" in recipe.shards or (shards / MANIFEST).exists():
+        return
+    check_prep(recipe.prep)
+    print(f"{shards} has no shards yet: preparing them from prep.input", flush=True)
+    # MPI and SLURM variables of the training job would make it take part in that job's launch.
+    foreign = ("PMI", "OMPI_", "MPI_", "SLURM_")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(foreign)}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as resolved:
+        yaml.safe_dump(plain(recipe), resolved)
+        resolved.flush()
+        command = [sys.executable, "-m", "data_prep.build_shards", "--config", resolved.name]
+        done = subprocess.run([*command, f"--prep.output_dir={shards}"], env=env)
+    if done.returncode:
+        raise RunError(f"the preparation of {shards} failed with status {done.returncode}")
+
+
+def _check_shards(recipe: Recipe, teacher_config: Any, config: Any) -> None:
+    """Refuse shards that these models cannot read.
+
+    Raises:
+        ConfigError: another tokenizer made them, or a row is longer than a model's positions.
+    """
+    manifest = ShardReader(recipe.shards).manifest
+    fingerprint = tokenizer_fingerprint(load_tokenizer(recipe.tokenizer))
+    if fingerprint != manifest.tokenizer_fingerprint:
+        raise ConfigError(
+            f"data.shards={recipe.shards} were made with another tokenizer than "
+            f"{recipe.tokenizer!r} (fingerprint {manifest.tokenizer_fingerprint[:12]}, not "
+            f"{fingerprint[:12]}), so the ids would mean other words; prepare the shards again "
+            "with this teacher's tokenizer"
+        )
+    for key, model in (("teacher.model", teacher_config), ("student.model", config)):
+        if model.vocab_size < manifest.vocab_size:
+            raise ConfigError(
+                f"{key} has embeddings for {model.vocab_size} ids, the shards' tokenizer has "
+                f"{manifest.vocab_size}; use the model that the tokenizer belongs to"
+            )
+        if longest_segment(model) < manifest.seq_len:
+            raise ConfigError(
+                f"data.shards={recipe.shards} has rows of {manifest.seq_len} tokens, {key} has "
+                f"positions for {longest_segment(model)}; prepare with prep.seq_len="
+                f"{longest_segment(model)} or less"
+            )
+    if recipe.student.model and (Path(recipe.student.model) / "tokenizer.json").exists():
+        own = tokenizer_fingerprint(load_tokenizer(recipe.student.model))
+        if own != fingerprint:
+            raise ConfigError(
+                f"student.model={recipe.student.model!r} has another tokenizer than "
+                f"{recipe.tokenizer!r}, so its embeddings mean other words; start from a student "
+                "of the teacher's vocabulary"
+            )
+
+
+def _already_finished(recipe: Recipe, state: State) -> None:
+    if not (Path(recipe.output_dir) / "student" / "model.safetensors").exists():
+        finish(recipe, state)  # it was killed between its last checkpoint and its export
+    print(
+        f"{recipe.output_dir} is finished: {state.step} of {recipe.train.max_steps} steps are "
+        "done, nothing left to do"
+    )
+
+
+def _write_start(
+    recipe: Recipe, ds_config: Mapping[str, Any], topology: Topology, shards_digest: str
+) -> None:
+    output_dir = Path(recipe.output_dir)
+    write_durably(output_dir / CONFIG, yaml.safe_dump(plain(recipe), sort_keys=False))
+    write_durably(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    facts = provenance(recipe, topology, shards_digest)
+    path = output_dir / "provenance.json"
+    if path.exists():
+        first = json.loads(path.read_text(encoding="utf-8"))
+        facts = {**first, "resumed": [*first["resumed"], facts]}
+    else:
+        facts["resumed"] = []
+    write_durably(path, json.dumps(facts, indent=2) + "\n")
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as YAML can hold it."""
+    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return content
+
+
+def _row_log_path(output_dir: Path, rank: int) -> Path:
+    return output_dir / "rows" / f"rank-{rank:05d}.jsonl"
+
+
+def _row_log(output_dir: Path, topology: Topology, step: int) -> JsonLines:
+    return JsonLines(_row_log_path(output_dir, topology.rank), resume_step=step)
+
+
+def _cut_row_logs(output_dir: Path, step: int) -> None:
+    """Also of ranks that are no longer there."""
+    for path in sorted((output_dir / "rows").glob("rank-*.jsonl")):
+        JsonLines(path, resume_step=step).close()
