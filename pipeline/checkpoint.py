@@ -60,7 +60,9 @@ def identity(recipe: Any, ds_policy: Mapping[str, Any], shards_digest: str) -> d
     keys = {k: v for k, v in flatten(recipe).items() if not k.startswith("prep.")}
     keys |= {f"deepspeed.{k}": v for k, v in flatten(dict(ds_policy)).items()}
     keys["data.shards (content)"] = shards_digest
-    plain: dict[str, Any] = json.loads(json.dumps({k: keys[k] for k in sorted(keys.keys() - FREE_KEYS)}))
+    plain: dict[str, Any] = json.loads(
+        json.dumps({k: keys[k] for k in sorted(keys.keys() - FREE_KEYS)})
+    )
     return plain
 
 
@@ -174,7 +176,9 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: li
         if saved.get(key) != now.get(key) and not any(_names(a, key) for a in allowed)
     ]
     if changed:
-        listed = ", ".join(f"{key} (was {saved.get(key)!r}, is {now.get(key)!r})" for key in changed)
+        listed = ", ".join(
+            f"{key} (was {saved.get(key)!r}, is {now.get(key)!r})" for key in changed
+        )
         raise ConfigError(
             f"the checkpoint was made with other values of {listed}, so the run would not be the "
             "one that started; restore them, use another output_dir, or pass --allow_change "

@@ -191,7 +191,9 @@ def load_recipe(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
             default=[],
             help="recipe keys that may differ from the checkpoint's, although they change the run",
         )
-        parser.add_argument("--local_rank", type=int, default=-1, help="set by the launcher; unused")
+        parser.add_argument(
+            "--local_rank", type=int, default=-1, help="set by the launcher; unused"
+        )
 
     recipe, options = parse_recipe(
         Recipe,

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -150,7 +151,15 @@ def init_distributed(topology: Topology) -> torch.device:
     return torch.device("cpu")
 
 
+def disconnect() -> None:
+    """Leave the process group in order, after all ranks have done with it."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
 def _import_deepspeed() -> Any:
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
@@ -287,14 +296,33 @@ def convert_to_universal(folder: Path, tag: str, destination: Path) -> None:
         )
 
 
-def read_weights(folder: Path, tag: str) -> dict[str, torch.Tensor]:
+def read_weights(
+    folder: Path, tag: str, shapes: Mapping[str, torch.Size]
+) -> dict[str, torch.Tensor]:
     """The student's fp32 master weights from the shards of any ZeRO stage and number of ranks.
 
-    DeepSpeed's files are pickles: only read those of a run that you trust.
-    """
-    _import_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    The universal form is the one that all of DeepSpeed's optimizers can be read by: zero_to_fp32
+    does not know stage 1 with fp32 accumulation.
 
-    with _quiet(), contextlib.redirect_stderr(io.StringIO()):
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag)
-    return {name.removeprefix("model."): weight.float() for name, weight in weights.items()}
+    Args:
+        folder: checkpoints; DeepSpeed's files are pickles, so only those of a run that you trust.
+        tag: the checkpoint's folder name.
+        shapes: of the trained parameters, by their names in the whole model.
+
+    Raises:
+        RunError: a parameter is missing or of another shape.
+    """
+    converted = folder / f".universal-{os.getpid()}"
+    convert_to_universal(folder, tag, converted)
+    weights: dict[str, torch.Tensor] = {}
+    for name, shape in shapes.items():
+        path = converted / tag / "zero" / f"model.{name}" / "fp32.pt"
+        if not path.exists():
+            raise RunError(f"{folder / tag} holds no parameter {name!r}; it is of another student")
+        stored = torch.load(path, weights_only=True)
+        flat = stored["param"] if isinstance(stored, dict) else stored
+        if flat.numel() != shape.numel():
+            raise RunError(f"{folder / tag} holds {name!r} with {flat.numel()} values, not {shape}")
+        weights[name] = flat.reshape(shape)
+    shutil.rmtree(converted)
+    return weights

@@ -22,6 +22,7 @@ from pipeline.checkpoint import State, newest_state, read_state, tag_of
 from pipeline.config import Recipe, load_recipe
 from pipeline.engine import read_weights
 from pipeline.metrics import METRICS, read_lines
+from pipeline.models import parameter_shapes
 
 CONFIG = "config.yaml"
 START = "student-start"  # the untrained student: its config, tokenizer and what no loss reaches
@@ -52,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_FINISHED
 
 
-def save_start(
-    config: Any, tokenizer: Any, untrained: dict[str, torch.Tensor], run: Path
-) -> None:
+def save_start(config: Any, tokenizer: Any, untrained: dict[str, torch.Tensor], run: Path) -> None:
     """Keep what the engine does not hold, so that any checkpoint can be exported by itself.
 
     Args:
@@ -83,9 +82,11 @@ def export_student(recipe: Recipe, run: Path, state: State) -> Path:
     shutil.copytree(run / START, partial)
     untrained = load_file(partial / "untrained.safetensors")
     (partial / "untrained.safetensors").unlink()
-    weights = read_weights(run / "checkpoints", tag_of(state.step))
-    whole = {name: tensor.contiguous() for name, tensor in {**untrained, **weights}.items()}
-    save_file(dict(sorted(whole.items())), partial / "model.safetensors", metadata={"format": "pt"})
+    shapes = parameter_shapes(partial)
+    trained = {name: shape for name, shape in shapes.items() if name not in untrained}
+    weights = read_weights(run / "checkpoints", tag_of(state.step), trained)
+    whole = {name: {**untrained, **weights}[name].contiguous() for name in sorted(shapes)}
+    save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
     card = _model_card(recipe, run, state, whole, sorted(untrained))
     (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

@@ -191,6 +191,13 @@ def build_student(student: Student, config: Any, seed: int) -> Any:
     return AutoModel.from_config(config, attn_implementation=PACKED)
 
 
+def parameter_shapes(folder: Path) -> dict[str, torch.Size]:
+    """The names and shapes of the whole model that a folder's config.json describes."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
 def _load(key: str, source: str, config: Any, dtype: torch.dtype, **options: Any) -> Any:
     try:
         model, loading = AutoModel.from_pretrained(

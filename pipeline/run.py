@@ -191,7 +191,9 @@ def assemble(recipe: Recipe, *, deepspeed: str, allow_change: list[str]) -> Run 
             on_rank_0(lambda: _already_finished(recipe, state))
             return None
     on_rank_0(lambda: _write_start(recipe, ds_config, topology, shards_digest))
-    return _build(recipe, ds_config, config, topology, device, stop, reader, checkpoints, state, now)
+    return _build(
+        recipe, ds_config, config, topology, device, stop, reader, checkpoints, state, now
+    )
 
 
 def _build(

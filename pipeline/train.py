@@ -20,6 +20,7 @@ import torch
 from data_prep.command import EXIT_FINISHED, EXIT_STOPPED, RunError, run_command
 from pipeline.collectives import agree, all_max, all_sum, on_rank_0
 from pipeline.config import load_recipe
+from pipeline.engine import disconnect
 from pipeline.loader import Batch
 from pipeline.objectives import minilmv2, total
 from pipeline.run import Run, assemble
@@ -31,7 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train the recipe that the command line names, to its end or until asked to stop."""
     recipe, options = load_recipe(argv)
     run = assemble(recipe, deepspeed=options.deepspeed, allow_change=options.allow_change)
-    return EXIT_FINISHED if run is None else train(run)
+    status = EXIT_FINISHED if run is None else train(run)
+    disconnect()
+    return status
 
 
 def train(run: Run) -> int:
@@ -112,7 +115,9 @@ def check_step(run: Run, sums_per_batch: torch.Tensor, batches: Sequence[Batch])
 
 def refuse_loss(run: Run, finite: Sequence[bool], batches: Sequence[Batch]) -> None:
     """Name what this rank's non-finite losses come from, if it has any."""
-    rows = [row for ok, batch in zip(finite, batches, strict=True) if not ok for row in batch.row_ids]
+    rows = [
+        row for ok, batch in zip(finite, batches, strict=True) if not ok for row in batch.row_ids
+    ]
     if rows:
         raise RunError(
             f"step {run.state.step + 1}, rank {run.topology.rank}: the loss of rows {rows} is not "

@@ -35,7 +35,9 @@ class _ChunkedRelationKL(torch.autograd.Function):
         bounds: Sequence[int],
         num_heads: int,
     ) -> torch.Tensor:
-        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        dtype = torch.promote_types(
+            torch.promote_types(student.dtype, teacher.dtype), torch.float32
+        )
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student, dtype=dtype) if needs_gradient else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
@@ -75,9 +77,9 @@ def _accumulate(
     for start in range(0, num_tokens, block):
         queries_AQD = student_AND[:, start : start + block]
         log_s_AQN = (queries_AQD @ student_ADN * student_scale).log_softmax(dim=-1)
-        log_t_AQN = (teacher_AND[:, start : start + block] @ teacher_ADN * teacher_scale).log_softmax(
-            dim=-1
-        )
+        log_t_AQN = (
+            teacher_AND[:, start : start + block] @ teacher_ADN * teacher_scale
+        ).log_softmax(dim=-1)
         t_AQN = log_t_AQN.exp()
         total += (t_AQN * (log_t_AQN - log_s_AQN)).sum()
         if gradient_AND is not None:
