@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +40,7 @@ def packed_attention(
     Returns:
         [1, T, heads, d], and no weights.
     """
-    lengths = [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
     parts = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         for q, k, v in zip(

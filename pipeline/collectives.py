@@ -40,8 +40,8 @@ def agree(work: Callable[[], T]) -> list[T]:
     """Do `work` on every rank and gather the results.
 
     Raises:
-        The exception of `work` on the lowest rank that failed, and ElsewhereError on all others: the
-        reason is printed once, and no rank waits for one that is gone.
+        The exception of `work` on the lowest rank that failed, and ElsewhereError on all others:
+        the reason is printed once, and no rank waits for one that is gone.
     """
     failure: Exception | None = None
     result: T | None = None

@@ -214,7 +214,7 @@ def check_recipe(recipe: Recipe) -> None:
         ConfigError: naming the key, its value, the rule and the remedy.
     """
     train, student, objective = recipe.train, recipe.student, recipe.objective
-    at_least_one = {
+    at_least_one: dict[str, int] = {
         "train.max_steps": train.max_steps,
         "train.batch_size": train.batch_size,
         "train.micro_batch_size": train.micro_batch_size,
@@ -230,30 +230,32 @@ def check_recipe(recipe: Recipe) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise ConfigError(f"{key}={value} is below 1, so nothing would train; use 1 or more")
-    not_negative = {
+    not_negative: dict[str, float] = {
         "train.warmup_steps": train.warmup_steps,
         "train.eval_every": train.eval_every,
         "train.weight_decay": train.weight_decay,
         "seed": recipe.seed,
     }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{key}={value} is negative; use 0 or more")
-    for key, value in (
-        ("train.learning_rate", train.learning_rate),
-        ("train.max_grad_norm", train.max_grad_norm),
-        ("train.adam_eps", train.adam_eps),
-    ):
-        if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{key}={value} is not a positive number; use one above 0")
-    for key, value in (
-        ("train.adam_betas", max(train.adam_betas)),
-        ("train.adam_betas", min(train.adam_betas)),
-        ("student.hidden_dropout_prob", student.hidden_dropout_prob),
-        ("student.attention_probs_dropout_prob", student.attention_probs_dropout_prob),
-    ):
-        if not 0 <= value < 1:
-            raise ConfigError(f"{key}={value} is outside 0 <= x < 1; use a value in that range")
+    for key, number in not_negative.items():
+        if not (number >= 0 and math.isfinite(number)):
+            raise ConfigError(f"{key}={number} is not a number from 0 on; use 0 or more")
+    positive = {
+        "train.learning_rate": train.learning_rate,
+        "train.max_grad_norm": train.max_grad_norm,
+        "train.adam_eps": train.adam_eps,
+    }
+    for key, number in positive.items():
+        if not (number > 0 and math.isfinite(number)):
+            raise ConfigError(f"{key}={number} is not a positive number; use one above 0")
+    shares = {
+        "train.adam_betas[0]": train.adam_betas[0],
+        "train.adam_betas[1]": train.adam_betas[1],
+        "student.hidden_dropout_prob": student.hidden_dropout_prob,
+        "student.attention_probs_dropout_prob": student.attention_probs_dropout_prob,
+    }
+    for key, number in shares.items():
+        if not 0 <= number < 1:
+            raise ConfigError(f"{key}={number} is outside 0 <= x < 1; use a value in that range")
     _check_relations(objective)
     if not student.model and student.hidden_size % student.num_attention_heads:
         raise ConfigError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -120,7 +121,7 @@ class Loader:
             flat = block.reshape(-1)
             ids += [
                 flat[start:stop].astype(np.int64)
-                for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+                for start, stop in itertools.pairwise(bounds)
                 if flat[start] != self._pad_id
             ]
         lengths = np.array([len(segment) for segment in ids])

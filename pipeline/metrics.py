@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: what a run says of itself, cut back to the checkpoint on resume."""
+"""metrics.jsonl and TensorBoard: what a run says of itself, cut to the checkpoint on resume."""
 
 from __future__ import annotations
 

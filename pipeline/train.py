@@ -1,4 +1,4 @@
-"""`deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --config RECIPE [--KEY VALUE ...]`.
+"""`deepspeed pipeline/train.py --deepspeed ds_configs/zero2.json --config RECIPE [--KEY VALUE]`.
 
 Starts a run, or goes on with the one in output_dir. Exit status: 0 finished, 1 failed, 2 bad
 configuration, 85 stopped on request with a checkpoint saved.
@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 # A launcher puts this file's folder first on sys.path, where our modules would shadow libraries.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p).resolve() != _HERE)]
 
 import time
 from collections.abc import Sequence
@@ -132,9 +133,9 @@ def refuse_gradient(run: Run) -> None:
     first = run.state.step * batch_size
     rows = list(run.loader.order.row_ids(range(first, first + batch_size)))
     raise RunError(
-        f"step {run.state.step + 1}, ranks 0 to {run.topology.world_size - 1}: the gradient of rows "
-        f"{rows} is not finite though every loss is, so all ranks stop before the update and the "
-        "last checkpoint is sound; lower train.learning_rate or use bf16"
+        f"step {run.state.step + 1}, ranks 0 to {run.topology.world_size - 1}: the gradient of "
+        f"rows {rows} is not finite though every loss is, so all ranks stop before the update and "
+        "the last checkpoint is sound; lower train.learning_rate or use bf16"
     )
 
 

@@ -25,8 +25,9 @@ def relation_kl(
 ) -> torch.Tensor:
     """KL between the teacher's and the student's self-attention relations of one kind.
 
-    With h relation heads, queries (or keys, or values) of a segment X [n, d] are split into h parts
-    X_a [n, d/h], and R_a = softmax(X_a X_a^T / sqrt(d/h)) over the segment's own tokens. The loss is
+    With h relation heads, queries (or keys, or values) of a segment X [n, d] are split into h
+    parts X_a [n, d/h], and R_a = softmax(X_a X_a^T / sqrt(d/h)) over the segment's own tokens.
+    The loss is
 
         1 / (h T) * sum_a sum_t KL( R^teacher_a,t || R^student_a,t )
 
@@ -35,8 +36,8 @@ def relation_kl(
     Args:
         student: [T, d_s] vectors of packed segments; the gradient goes here.
         teacher: [T, d_t] vectors of the same tokens, without gradient; may be an inference tensor.
-        cu_seqlens: [segments + 1] int32 boundaries from 0 to T; every token counts, so leave padding
-            out of the packing.
+        cu_seqlens: [segments + 1] int32 boundaries from 0 to T; every token counts, so leave
+            padding out of the packing.
         num_relation_heads: h, which divides d_s and d_t.
         implementation: "chunked" (any device, O(T) memory) or "reference" (dense, the oracle).
 

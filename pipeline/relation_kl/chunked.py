@@ -1,13 +1,14 @@
 """The relation loss segment by segment and block by block, with its gradient in the same pass.
 
-For S = s s^T / sqrt(d) and P = softmax(S), the gradient of KL(P^teacher || P^student) with respect to
-S is G = P^student - P^teacher, and with respect to s it is (G + G^T) s / sqrt(d). Both terms come
-from the block of queries at hand, so no [n, n] matrix outlives its block, nothing of the teacher is
-kept for the backward pass, and that pass is one multiplication.
+For S = s s^T / sqrt(d) and P = softmax(S), the gradient of KL(P^teacher || P^student) with respect
+to S is G = P^student - P^teacher, and with respect to s it is (G + G^T) s / sqrt(d). Both terms
+come from the block of queries at hand, so no [n, n] matrix outlives its block, nothing of the
+teacher is kept for the backward pass, and that pass is one multiplication.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ def chunked_relation_kl(
     student: torch.Tensor, teacher: torch.Tensor, bounds: Sequence[int], num_heads: int
 ) -> torch.Tensor:
     """See `pipeline.relation_kl.relation_kl`. Memory is O(T d) and one block of scores."""
-    loss: torch.Tensor = _ChunkedRelationKL.apply(student, teacher, bounds, num_heads)
+    loss: torch.Tensor = _ChunkedRelationKL.apply(  # type: ignore[no-untyped-call]
+        student, teacher, bounds, num_heads
+    )
     return loss
 
 
@@ -41,7 +44,7 @@ class _ChunkedRelationKL(torch.autograd.Function):
         needs_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student, dtype=dtype) if needs_gradient else None
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             segment_gradient = _accumulate(
                 _split(student[start:stop].to(dtype), num_heads),
                 _split(teacher[start:stop].to(dtype), num_heads),
@@ -62,7 +65,8 @@ class _ChunkedRelationKL(torch.autograd.Function):
 
 
 def _split(vectors_ND: torch.Tensor, num_heads: int) -> torch.Tensor:
-    return vectors_ND.unflatten(1, (num_heads, -1)).transpose(0, 1).contiguous()
+    heads_NAD: torch.Tensor = vectors_ND.unflatten(1, (num_heads, -1))
+    return heads_NAD.transpose(0, 1).contiguous()
 
 
 def _accumulate(

@@ -1,7 +1,8 @@
-"""The relation loss as its formula says, dense over the whole packing: slow, large, plainly right."""
+"""The relation loss as its formula says, dense over the whole packing: slow, large, the oracle."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,7 @@ def reference_relation_kl(
     )
     num_tokens = student_TD.shape[0]
     segment_T = torch.zeros(num_tokens, dtype=torch.long, device=student_TD.device)
-    for number, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
         segment_T[start:stop] = number
     same_segment_TT = segment_T[:, None] == segment_T[None, :]
     log_s_ATT = _log_relation(student_TD.to(dtype), same_segment_TT, num_heads)
@@ -34,4 +35,5 @@ def _log_relation(
     scores_ATT = heads_ATD @ heads_ATD.transpose(1, 2) * heads_ATD.shape[-1] ** -0.5
     # The lowest finite number, not -inf: its probability is 0 and 0 * (-inf) would be NaN.
     lowest = torch.finfo(scores_ATT.dtype).min
-    return scores_ATT.masked_fill(~same_segment_TT, lowest).log_softmax(dim=-1)
+    masked_ATT: torch.Tensor = scores_ATT.masked_fill(~same_segment_TT, lowest)
+    return masked_ATT.log_softmax(dim=-1)

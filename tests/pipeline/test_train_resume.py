@@ -1,0 +1,151 @@
+"""Interrupted and undisturbed runs leave the same bytes."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.launch import has_step, metrics, run, start, training, wait_for
+
+
+def rows_by_step(run_dir: Path) -> dict[int, list[int]]:
+    """The rows that any rank trained on, of each step, from the ranks' own logs."""
+    rows: dict[int, list[int]] = {}
+    for path in sorted((run_dir / "rows").glob("rank-*.jsonl")):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            rows.setdefault(entry["step"], []).extend(entry["rows"])
+    return {step: sorted(ids) for step, ids in sorted(rows.items())}
+
+
+def student_bytes(run_dir: Path) -> bytes:
+    """The exported weights."""
+    return (run_dir / "student" / "model.safetensors").read_bytes()
+
+
+def with_output(arguments: Sequence[str], run_dir: Path) -> list[str]:
+    """The same recipe in another folder."""
+    return [*arguments, f"--output_dir={run_dir}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_sigkill_changes_nothing(stage: str, ranks: int, tiny: list[str], tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    outcome = run(with_output(tiny, whole), ranks=ranks, stage=stage)
+    assert outcome.status == 0, outcome.output
+    moments = random.Random(f"{stage}/{ranks}")
+    for reached in (moments.randint(1, 5), moments.randint(6, 11)):
+        with start(with_output(tiny, broken), ranks=ranks, stage=stage) as running:
+            wait_for(has_step(broken, reached))
+            time.sleep(moments.uniform(0, 0.3))  # anywhere in a step, a save or an evaluation
+            running.kill_everything()
+    outcome = run(with_output(tiny, broken), ranks=ranks, stage=stage)
+    assert outcome.status == 0, outcome.output
+    assert student_bytes(broken) == student_bytes(whole)
+    assert metrics(broken) == metrics(whole)
+    assert rows_by_step(broken) == rows_by_step(whole)
+    assert [line["step"] for line in training(broken)] == list(range(1, 13))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_other_numbers_of_ranks_see_each_row_once(
+    stage: str, tiny: list[str], tmp_path: Path
+) -> None:
+    whole, elastic = tmp_path / "whole", tmp_path / "elastic"
+    outcome = run(with_output(tiny, whole), ranks=2, stage=stage)
+    assert outcome.status == 0, outcome.output
+    for ranks, stop_after in ((2, 3), (1, 7), (2, None)):
+        with start(with_output(tiny, elastic), ranks=ranks, stage=stage) as running:
+            if stop_after is not None:
+                wait_for(has_step(elastic, stop_after))
+                running.ranks()[0].send_signal(signal.SIGUSR1)
+            outcome = running.wait()
+        assert outcome.status == (0 if stop_after is None else 85), outcome.output
+    assert rows_by_step(elastic) == rows_by_step(whole)
+    seen = Counter(row for ids in rows_by_step(elastic).values() for row in ids)
+    assert max(seen.values()) - min(seen.values()) <= 1  # epochs end within the run
+    for ours, theirs in zip(training(elastic), training(whole), strict=True):
+        assert ours["step"] == theirs["step"]
+        assert ours["lr"] == theirs["lr"]
+        assert ours["tokens"] == theirs["tokens"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_finished_run_has_nothing_left_to_do(tiny: list[str], tmp_path: Path) -> None:
+    assert run(tiny).status == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.jsonl")}
+    outcome = run(tiny, ranks=2)
+    assert outcome.status == 0
+    assert "nothing left to do" in outcome.output
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.jsonl")}
+    (tmp_path / "run" / "student" / "model.safetensors").unlink()  # killed before the export
+    assert run(tiny).status == 0
+    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["rank", "runner", "group"])
+def test_a_request_to_stop_saves_and_exits_85(who: str, tiny: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    slow = [*tiny, "--train.max_steps=4000", "--train.save_every=4000", "--train.eval_every=0"]
+    with start(slow, ranks=2) as running:
+        wait_for(has_step(run_dir, 3))
+        ranks = running.ranks()
+        assert len(ranks) == 2
+        if who == "rank":
+            ranks[1].send_signal(signal.SIGTERM)
+        elif who == "runner":
+            running.process.kill()
+        else:
+            for rank in ranks:
+                rank.send_signal(signal.SIGUSR1)
+        wait_for(lambda: not any(rank.is_running() for rank in ranks), timeout_s=30)
+        outcome = running.wait()
+    if who != "runner":
+        assert outcome.status == 85, outcome.output
+    latest = (run_dir / "checkpoints" / "latest").read_text()
+    assert (run_dir / "checkpoints" / latest / "COMPLETE").exists()
+    assert int(latest.removeprefix("step-")) == metrics(run_dir)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_passed_over(tiny: list[str], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run(tiny).status == 0
+    expected = student_bytes(run_dir)
+    (shard,) = (run_dir / "checkpoints" / "step-00000012").glob("*optim_states.pt")
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    shard.write_bytes(raw)
+    outcome = run(tiny)
+    assert outcome.status == 0, outcome.output
+    assert "step-00000012 is damaged" in outcome.output
+    assert "resuming from" in outcome.output
+    assert "step-00000008" in outcome.output
+    assert student_bytes(run_dir) == expected
+
+
+@pytest.mark.slow
+def test_a_changed_recipe_is_refused_by_name(tiny: list[str], tmp_path: Path) -> None:
+    assert run([*tiny, "--train.max_steps=2"]).status == 0
+    refused = run([*tiny, "--train.learning_rate=0.5", "--train.max_steps=2"], ranks=2)
+    assert refused.status == 2
+    assert len(refused.errors) == 1
+    assert "train.learning_rate" in refused.errors[0]
+    assert "--allow_change" in refused.errors[0]
+    free = run([*tiny, "--train.max_steps=2", "--train.log_every=7"])
+    assert free.status == 0, free.output
+    allowed = run([*tiny, "--train.max_steps=3", "--allow_change=[train.max_steps]"])
+    assert allowed.status == 0, allowed.output
+    assert [line["step"] for line in training(tmp_path / "run")] == [1, 2, 3]
