@@ -207,9 +207,11 @@ class Engine:
         self.fp16 = bool(ds_config.get("fp16", {}).get("enabled", False))
         self.stage = int(ds_config["zero_optimization"]["stage"])
         train = recipe.train
+        self._weight_decays = (train.weight_decay, 0.0)
         matrices = [p for p in student.parameters() if p.ndim > 1]
         vectors = [p for p in student.parameters() if p.ndim == 1]
-        optimizer = torch.optim.AdamW(
+        self._load_universal = load_universal
+        self._adamw = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": train.weight_decay},
                 {"params": vectors, "weight_decay": 0.0},
@@ -224,7 +226,7 @@ class Engine:
             with _quiet():
                 self._engine, *_ = deepspeed.initialize(
                     model=student,
-                    optimizer=optimizer,
+                    optimizer=self._adamw,
                     model_parameters=list(student.parameters()),
                     config={**ds_config, "checkpoint": checkpoint},
                 )
@@ -275,6 +277,20 @@ class Engine:
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         if loaded is None:
             raise RunError(f"DeepSpeed finds no checkpoint in {folder / tag}; it is damaged")
+        if self._load_universal:
+            self._mend_universal_load()
+
+    def _mend_universal_load(self) -> None:
+        """Undo what DeepSpeed 0.19.8 does to AdamW when stage 3 loads a universal checkpoint.
+
+        All parameters are given one and the same `step` tensor, which then counts every update
+        several times, and all groups get the first one's weight decay.
+        """
+        for state in self._adamw.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()
+        for group, weight_decay in zip(self._adamw.param_groups, self._weight_decays, strict=True):
+            group["weight_decay"] = weight_decay
 
 
 def convert_to_universal(folder: Path, tag: str, destination: Path) -> None:

@@ -44,7 +44,9 @@ def oracle(teacher: Path, student: Path, segments: list[list[int]], layer: int, 
             output = model(input_ids=torch.tensor([ids]), output_hidden_states=True)
             hidden = output.hidden_states[number - 1][0]
             attention = model.encoder.layer[number - 1].attention.self
-            vectors.append([attention.query(hidden), attention.key(hidden), attention.value(hidden)])
+            vectors.append(
+                [attention.query(hidden), attention.key(hidden), attention.value(hidden)]
+            )
         for name, t, s in zip("qkv", *vectors, strict=True):
             target, log_student = relation(t, heads), relation(s, heads)
             sums[name] += float((target.exp() * (target - log_student)).sum())
