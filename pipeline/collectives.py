@@ -68,5 +68,11 @@ def on_rank_0(work: Callable[[], T]) -> T:
     return agree(lambda: work() if _rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
+def disconnect() -> None:
+    """Leave the process group in order, after all ranks have done with it."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0

@@ -151,12 +151,6 @@ def init_distributed(topology: Topology) -> torch.device:
     return torch.device("cpu")
 
 
-def disconnect() -> None:
-    """Leave the process group in order, after all ranks have done with it."""
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
 def _import_deepspeed() -> Any:
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -219,6 +219,11 @@ def _load(key: str, source: str, config: Any, dtype: torch.dtype, **options: Any
     return model
 
 
+def load_whole(source: str, device: torch.device) -> Any:
+    """An ordinary encoder in fp32 with transformers' own attention, for comparison."""
+    return AutoModel.from_pretrained(source, dtype=torch.float32).eval().to(device)
+
+
 def load_tokenizer(source: str) -> Any:
     """The tokenizer of a hub id or folder.
 

@@ -145,11 +145,14 @@ def finish(recipe: Recipe, state: State) -> None:
     print(f"finished: {output_dir}/student, {output_dir}/report.html")
 
 
-def assemble(recipe: Recipe, *, deepspeed: str, allow_change: list[str]) -> Run | None:
+def assemble(
+    recipe: Recipe, stop: StopRequest, *, deepspeed: str, allow_change: list[str]
+) -> Run | None:
     """Check everything, connect the ranks, and start or restore the run.
 
     Args:
         recipe: checked by itself.
+        stop: installed when the process began.
         deepspeed: path of the DeepSpeed JSON.
         allow_change: keys that may differ from the checkpoint's.
 
@@ -161,7 +164,6 @@ def assemble(recipe: Recipe, *, deepspeed: str, allow_change: list[str]) -> Run 
         RunError: damaged shards.
     """
     topology = Topology.from_environment()
-    stop = StopRequest()
     check_world(recipe, topology.world_size)
     ds_policy = read_ds_config(deepspeed)
     ds_config = merge_ds_config(ds_policy, recipe, topology.world_size)

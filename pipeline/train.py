@@ -15,24 +15,30 @@ sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p).resolve() != 
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from data_prep.command import EXIT_FINISHED, EXIT_STOPPED, RunError, run_command
-from pipeline.collectives import agree, all_max, all_sum, on_rank_0
+from pipeline.collectives import agree, all_max, disconnect, on_rank_0
 from pipeline.config import load_recipe
-from pipeline.engine import disconnect
 from pipeline.loader import Batch
 from pipeline.objectives import minilmv2, total
-from pipeline.run import Run, assemble
 from pipeline.schedule import learning_rate
+from pipeline.stopping import StopRequest
 from pipeline.topology import launched_rank
+
+if TYPE_CHECKING:
+    from pipeline.run import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the recipe that the command line names, to its end or until asked to stop."""
+    stop = StopRequest()  # first of all: a signal during start-up is a request too
     recipe, options = load_recipe(argv)
-    run = assemble(recipe, deepspeed=options.deepspeed, allow_change=options.allow_change)
+    from pipeline.run import assemble  # loads transformers: a typo is refused before
+
+    run = assemble(recipe, stop, deepspeed=options.deepspeed, allow_change=options.allow_change)
     status = EXIT_FINISHED if run is None else train(run)
     disconnect()
     return status
@@ -65,8 +71,13 @@ def train_step(run: Run) -> bool:
     """
     started = time.perf_counter()
     step, world_size, recipe = run.state.step, run.topology.world_size, run.recipe
-    batches = run.loader.micro_batches(step)
-    num_tokens = all_sum(torch.tensor(sum(b.num_tokens for b in batches), device=run.device))
+    batches: list[Batch] = []
+
+    def read() -> int:
+        batches.extend(run.loader.micro_batches(step))
+        return sum(batch.num_tokens for batch in batches)
+
+    num_tokens = sum(agree(read))  # over all ranks; damaged data on one rank ends all of them
     sums = []
     for number, batch in enumerate(batches):
         torch.manual_seed((recipe.seed << 40) + batch.first_position)  # dropout belongs to the rows
@@ -88,10 +99,10 @@ def train_step(run: Run) -> bool:
     if run.row_log is not None:
         rows = [row for batch in batches for row in batch.row_ids]
         run.row_log.write({"step": step + 1, "rows": rows})
-    run.advance(int(num_tokens), time.perf_counter() - started)
+    run.advance(num_tokens, time.perf_counter() - started)
     done = run.state.step
     if done % recipe.train.log_every == 0 or done in (1, recipe.train.max_steps):
-        run.log(sums_per_batch.sum(0), int(num_tokens), rate, result)
+        run.log(sums_per_batch.sum(0), num_tokens, rate, result)
     return stop
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -20,7 +21,7 @@ def segments_of(shards: Path, pad: int) -> list[list[int]]:
     segments: list[list[int]] = []
     for sample in webdataset.WebDataset(urls, shardshuffle=False).decode():
         flat, bounds = sample["input_ids.npy"].reshape(-1), sample["cu_seqlens.npy"]
-        pieces = [flat[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        pieces = [flat[a:b].tolist() for a, b in itertools.pairwise(bounds)]
         segments += [piece for piece in pieces if piece[0] != pad]
     return segments
 
