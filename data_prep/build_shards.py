@@ -1,49 +1,46 @@
 """`python -m data_prep.build_shards --config RECIPE`, alone or under `mpirun -n P`.
 
-Three passes, each restartable: every input file is read, cleaned, tokenised and spilled (one unit of
-work a file); the plan of rows is computed from the documents' lengths alone; every shard is written
-from the spills. Units belong to ranks, bytes do not: the shards are the same for any P.
+Three passes, each restartable: every input file is read, cleaned, tokenised and spilled (one unit
+of work a file); the plan of rows is computed from the documents' lengths alone; every shard is
+written from the spills. Units belong to ranks, bytes do not: the shards are the same for any P.
 """
 
 from __future__ import annotations
 
 import collections
-import fcntl
 import hashlib
-import itertools
 import json
 import os
-import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
+from data_prep.claim import WORK, close_work, is_prepared, locked, open_work
 from data_prep.command import (
     EXIT_FAILED,
     EXIT_FINISHED,
     ConfigError,
+    ElsewhereError,
     RunError,
     parse_recipe,
     run_command,
 )
-from data_prep.config import Prep, PrepRecipe, check_prep
-from data_prep.documents import Counts, Document, find_inputs, read_documents
+from data_prep.config import Prep, PrepRecipe, check_prep_recipe
+from data_prep.documents import find_inputs
 from data_prep.pack import FRAME, Segment
-from data_prep.plan import DOCUMENT, Plan, balance, block_slices, make_plan
-from data_prep.ranks import Ranks, agree, connect, launched_rank
-from data_prep.shards import MANIFEST, Manifest, Shard, describe_tar, publish, write_tar
-from data_prep.summary import summary_table
+from data_prep.plan import Plan, balance, block_slices, make_plan
+from data_prep.ranks import Ranks, agree, connect, each, launched_rank, on_rank_0
+from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publish, write_tar
+from data_prep.spill import Spills, spill
+from data_prep.summary import heldout_warning, summary_table
 from data_prep.tokenizer import Tokenizer
-
-BATCH_CHARS = 1 << 22  # text tokenised at a time: enough for every core, little memory
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,16 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m data_prep.build_shards",
         description="Turn raw text into packed, checksummed shards.",
     )
-    check_prep(recipe.prep)
-    inputs = find_inputs(recipe.prep.input)
-    tokenizer_source = recipe.tokenizer
+    check_prep_recipe(recipe)
     ranks = connect()
     os.environ.setdefault("RAYON_NUM_THREADS", str(_threads_per_rank(ranks)))
     try:
-        build(recipe, inputs, Tokenizer(tokenizer_source), ranks)
+        build(recipe, ranks)
+    except (ConfigError, RunError, ElsewhereError):
+        raise  # all ranks know, and leave together
     except BaseException as error:
-        if ranks.size > 1 and not isinstance(error, ConfigError | RunError):
-            traceback.print_exc()
+        if ranks.size > 1:  # the others are waiting for this rank
+            if not isinstance(error, KeyboardInterrupt):
+                traceback.print_exc()
             ranks.abort(EXIT_FAILED)
         raise
     return EXIT_FINISHED
@@ -74,63 +72,65 @@ def _threads_per_rank(ranks: Ranks) -> int:
     return max(1, len(os.sched_getaffinity(0)) // hosts.count(os.uname().nodename))
 
 
-def build(recipe: PrepRecipe, inputs: list[Path], tokenizer: Tokenizer, ranks: Ranks) -> None:
-    """Write the shards and the manifest of `inputs`, or say that they are there already.
+def build(recipe: PrepRecipe, ranks: Ranks) -> None:
+    """Write the shards and the manifest of the recipe's text, or say that they are there already.
 
     Raises:
-        ConfigError: the output folder holds other shards, or another preparation is writing to it.
+        ConfigError: there is no such text or tokenizer, the output folder holds something else, or
+            another preparation is writing to it.
+        RunError: a file cannot be read or written.
     """
-    prep = recipe.prep
-    folder = Path(str(prep.output_dir))
     started = time.monotonic()
-    share = balance([path.stat().st_size for path in inputs], ranks.size)[ranks.rank]
-    digests = agree(ranks, lambda: {unit: _file_sha256(inputs[unit]) for unit in share})
-    settings = _settings_digest(recipe, inputs, collections.ChainMap(*digests), tokenizer)
-    work = folder / ".work"
-    if agree(ranks, lambda: _is_prepared(folder, settings))[0]:
+    folder = Path(str(recipe.prep.output_dir))
+    inputs = on_rank_0(ranks, lambda: find_inputs(recipe.prep.input))
+    tokenizer = each(ranks, lambda: Tokenizer(recipe.tokenizer))
+    share = _share_of_files(inputs, ranks)
+    settings = _settings_digest(recipe, inputs, share, tokenizer, ranks)
+    if on_rank_0(ranks, lambda: is_prepared(folder, settings) and not (folder / WORK).exists()):
         if ranks.rank == 0:
             print(f"{folder} is already prepared with these settings: nothing to do")
         return
-    agree(ranks, lambda: _lock(folder, work, settings) if ranks.rank == 0 else None)
-    bar = tqdm(
-        share, desc="read and tokenise", unit="file", disable=None if ranks.rank == 0 else True
-    )
-    agree(ranks, lambda: [_spill(inputs[unit], unit, work, prep, tokenizer) for unit in bar])
-    spills = Spills(work, len(inputs), tokenizer.dtype)
-    plan = make_plan(spills.documents, prep, recipe.seed)
-    if not plan.train:
-        raise ConfigError(
-            f"prep.input holds no text that could be trained on ({len(spills.documents)} documents "
-            f"with text under prep.text_key={prep.text_key!r}); correct the key or the globs"
-        )
-    shards = _write_shards(plan, spills, folder, prep, tokenizer, ranks)
-    if ranks.rank == 0:
-        manifest = _manifest(recipe, settings, tokenizer, plan, spills, shards)
-        publish(folder, manifest)
-        print(summary_table(manifest, time.monotonic() - started))
-        if len(manifest.heldout_rows) and min(manifest.heldout_rows.values()) < prep.heldout_rows:
-            few = {k: v for k, v in manifest.heldout_rows.items() if v < prep.heldout_rows}
-            print(
-                f"warning: too little text for prep.heldout_rows={prep.heldout_rows} in "
-                f"{few}: at most half of a language's documents are held out",
-                file=sys.stderr,
-            )
-    agree(ranks, lambda: None)
-    if ranks.rank == 0:
-        shutil.rmtree(work)
-        (folder / ".lock").unlink()
+    with locked(folder, ranks):
+        if not on_rank_0(ranks, lambda: is_prepared(folder, settings)):
+            on_rank_0(ranks, lambda: open_work(folder, settings))
+            manifest = _prepare(recipe, inputs, share, tokenizer, settings, ranks)
+            on_rank_0(ranks, lambda: _finish(folder, manifest, recipe.prep, started))
+        on_rank_0(ranks, lambda: close_work(folder))
+
+
+def _share_of_files(inputs: list[Path], ranks: Ranks) -> list[int]:
+    sizes = on_rank_0(ranks, lambda: [path.stat().st_size for path in inputs])
+    return balance(sizes, ranks.size)[ranks.rank]
 
 
 def _settings_digest(
-    recipe: PrepRecipe, inputs: list[Path], digests: Mapping[int, str], tokenizer: Tokenizer
+    recipe: PrepRecipe, inputs: list[Path], share: list[int], tokenizer: Tokenizer, ranks: Ranks
 ) -> str:
-    """Names the work: restarts go on with equal digests, and refuse others."""
+    """Names the work: a restart goes on with an equal digest.
+
+    Raises:
+        ConfigError: the ranks have loaded different tokenizers.
+    """
+    digests = collections.ChainMap(
+        *agree(ranks, lambda: {unit: _file_sha256(inputs[unit]) for unit in share})
+    )
     prep = asdict(recipe.prep)
     for key in ("input", "output_dir", "tokenizer"):
         del prep[key]
-    files = [(path.name, digests[unit]) for unit, path in enumerate(inputs)]
-    named = {"prep": prep, "seed": recipe.seed, "tokenizer": tokenizer.fingerprint, "files": files}
-    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+    named = {
+        "format_version": FORMAT_VERSION,
+        "prep": prep,
+        "seed": recipe.seed,
+        "tokenizer": tokenizer.fingerprint,
+        "files": [(path.name, digests[unit]) for unit, path in enumerate(inputs)],
+    }
+    settings = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+    if len(set(ranks.allgather(settings))) > 1:
+        raise ConfigError(
+            f"the tokenizer {recipe.tokenizer!r} is not the same on every rank, so rows would "
+            "mix vocabularies; name a folder that all ranks share"
+        )
+    return settings
 
 
 def _file_sha256(path: Path) -> str:
@@ -138,135 +138,85 @@ def _file_sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _is_prepared(folder: Path, settings: str) -> bool:
-    manifest_path = folder / MANIFEST
-    if not manifest_path.exists():
-        return False
-    manifest = Manifest.from_json(manifest_path.read_text(), where=str(manifest_path))
-    if manifest.settings != settings:
+def _prepare(
+    recipe: PrepRecipe,
+    inputs: list[Path],
+    share: list[int],
+    tokenizer: Tokenizer,
+    settings: str,
+    ranks: Ranks,
+) -> Manifest:
+    """The three passes. Every rank returns the whole manifest."""
+    prep = recipe.prep
+    work = Path(str(prep.output_dir)) / WORK
+
+    def spill_share() -> None:
+        for unit in _progress(share, "read and tokenise", "file", ranks):
+            spill(inputs[unit], unit, work, prep, tokenizer)
+
+    each(ranks, spill_share)
+    spills = each(ranks, lambda: Spills(work, len(inputs), tokenizer.dtype))
+    plan = make_plan(spills.documents, prep, recipe.seed)
+    if not plan.train:
         raise ConfigError(
-            f"prep.output_dir={folder} holds shards of other text or settings, which are not "
-            "overwritten; remove that folder or name another one"
+            f"prep.input holds no text that could be trained on ({len(spills.documents)} documents "
+            f"with text under prep.text_key={prep.text_key!r}); correct the key or the globs"
         )
-    return True
+    shards = _write_shards(plan, spills, prep, tokenizer, ranks)
+    return _manifest(recipe, settings, tokenizer, plan, spills, shards)
 
 
-def _lock(folder: Path, work: Path, settings: str) -> None:
-    """Claim the folder for this process, and clear what an unlike preparation left unfinished."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # Never closed: the lock lasts as long as the process, however that ends.
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        raise ConfigError(
-            f"another preparation is writing to prep.output_dir={folder}; wait for it, end it, or "
-            "name another folder"
-        ) from error
-    mark = work / "settings"
-    if not mark.exists() or mark.read_text() != settings:
-        shutil.rmtree(work, ignore_errors=True)
-        for stale in itertools.chain(folder.glob("*.tar"), folder.glob("*.partial")):
-            stale.unlink()
-        work.mkdir()
-        mark.write_text(settings)
+def _progress(items: Sequence[int], what: str, unit: str, ranks: Ranks) -> tqdm[int]:
+    hidden = None if ranks.rank == 0 else True  # None: shown on a terminal
+    return tqdm(items, desc=what, unit=unit, disable=hidden)
 
 
-def _spill(path: Path, unit: int, work: Path, prep: Prep, tokenizer: Tokenizer) -> None:
-    """Tokenise one file into `work`; its .json appears last and says that the unit is finished."""
-    finished = work / f"unit-{unit:06d}.json"
-    if finished.exists():
-        return
-    counts = Counts()
-    records: list[npt.NDArray[np.void]] = []
-    offset = 0
-    with open(work / f"unit-{unit:06d}.tokens", "wb") as stream:
-        for batch in _batches(read_documents(path, prep, counts)):
-            encoded = tokenizer.encode([document.text for document in batch])
-            table = np.zeros(len(batch), dtype=DOCUMENT)
-            for row, (document, ids) in enumerate(zip(batch, encoded, strict=True)):
-                key = hashlib.sha256(document.text.encode()).digest()[:16]
-                table[row] = (
-                    key, document.language, len(ids), len(document.text), unit, offset
-                )  # fmt: skip
-                offset += len(ids)
-                stream.write(ids.tobytes())
-            records.append(table)
-    np.save(
-        work / f"unit-{unit:06d}.npy",
-        np.concatenate(records) if records else np.zeros(0, dtype=DOCUMENT),
-    )
-    partial = finished.with_suffix(".partial")
-    partial.write_text(json.dumps([[*key, n] for key, n in sorted(counts.items())]))
-    os.replace(partial, finished)
+class _Task(NamedTuple):
+    """One shard to write: the blocks [start, stop) of `rows`."""
+
+    name: str
+    language: str | None
+    rows: list[list[Segment]]
+    blocks: list[tuple[int, int]]
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        batch.append(document)
-        num_chars += len(document.text)
-        if num_chars >= BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
-
-
-class Spills:
-    """What all units left: every document's record, its tokens by memory map, and the counts."""
-
-    def __init__(self, work: Path, num_units: int, dtype: npt.DTypeLike) -> None:
-        stems = [work / f"unit-{unit:06d}" for unit in range(num_units)]
-        self.documents = np.concatenate([np.load(f"{stem}.npy") for stem in stems])
-        self.counts = Counts()
-        for stem in stems:
-            for language, what, n in json.loads(Path(f"{stem}.json").read_text()):
-                self.counts[language, what] += n
-        self._tokens = [
-            np.memmap(f"{stem}.tokens", dtype=dtype, mode="r")
-            if os.path.getsize(f"{stem}.tokens")
-            else np.zeros(0, dtype=dtype)
-            for stem in stems
+def _shard_tasks(plan: Plan, prep: Prep) -> list[_Task]:
+    """All shards, training ones first."""
+    tasks = [
+        _Task(f"train-{index:06d}", None, plan.train, blocks)
+        for index, blocks in enumerate(block_slices(len(plan.train), prep))
+    ]
+    for language, rows in sorted(plan.heldout.items()):
+        tasks += [
+            _Task(f"heldout-{language}-{index:06d}", language, rows, blocks)
+            for index, blocks in enumerate(block_slices(len(rows), prep))
         ]
-
-    def tokens(self, record: np.void, segment: Segment) -> npt.NDArray[Any]:
-        """The ids of a segment's content."""
-        start = int(record["offset"]) + segment.start
-        return self._tokens[int(record["unit"])][start : start + segment.length]
+    return tasks
 
 
 def _write_shards(
-    plan: Plan, spills: Spills, folder: Path, prep: Prep, tokenizer: Tokenizer, ranks: Ranks
+    plan: Plan, spills: Spills, prep: Prep, tokenizer: Tokenizer, ranks: Ranks
 ) -> tuple[Shard, ...]:
-    """All shards, training ones first; each rank writes its share of them."""
-    work: list[tuple[str, str | None, list[list[Segment]], list[tuple[int, int]]]] = []
-    for index, blocks in enumerate(block_slices(len(plan.train), prep)):
-        work.append((f"train-{index:06d}", None, plan.train, blocks))
-    for language, rows in sorted(plan.heldout.items()):
-        for index, blocks in enumerate(block_slices(len(rows), prep)):
-            work.append((f"heldout-{language}-{index:06d}", language, rows, blocks))
+    """Write this rank's part of the shards; returns the description of all."""
+    tasks = _shard_tasks(plan, prep)
 
-    def write(name: str, language: str | None, rows: Any, blocks: Any) -> Shard:
-        path = folder / f"{name}.tar"
+    def write(task: _Task) -> Shard:
+        path = Path(str(prep.output_dir)) / f"{task.name}.tar"
         if not path.exists():  # a rename made it appear, whole
             samples = (
-                _sample(f"{name}-{start:08d}", rows[start:stop], plan, spills, prep, tokenizer)
-                for start, stop in blocks
-            )
+                _sample(f"{task.name}-{start:08d}", task.rows[start:stop], plan, spills, prep,
+                        tokenizer)
+                for start, stop in task.blocks
+            )  # fmt: skip
             write_tar(path, samples)
-        return describe_tar(path, language=language)
+        return describe_tar(path, language=task.language)
 
-    bar = tqdm(
-        range(ranks.rank, len(work), ranks.size),
-        desc="write shards",
-        unit="shard",
-        disable=None if ranks.rank == 0 else True,
+    share = range(ranks.rank, len(tasks), ranks.size)
+    parts = agree(
+        ranks, lambda: {i: write(tasks[i]) for i in _progress(share, "write", "shard", ranks)}
     )
-    gathered = agree(ranks, lambda: {i: write(*work[i]) for i in bar})
-    by_index = {index: shard for part in gathered for index, shard in part.items()}
-    return tuple(by_index[i] for i in range(len(work)))
+    shards = collections.ChainMap(*parts)
+    return tuple(shards[i] for i in range(len(tasks)))
 
 
 def _sample(
@@ -313,8 +263,9 @@ def _manifest(
     shards: tuple[Shard, ...],
 ) -> Manifest:
     accounting: dict[str, dict[str, int]] = {}
-    for source in (spills.counts, plan.dropped, plan.kept()):
-        for (language, what), number in source.items():
+    counted: list[Mapping[tuple[str, str], int]] = [spills.counts, plan.dropped, plan.kept()]
+    for counts in counted:
+        for (language, what), number in counts.items():
             accounting.setdefault(language, {})[what] = number
     return Manifest(
         settings=settings,
@@ -331,5 +282,14 @@ def _manifest(
     )
 
 
+def _finish(folder: Path, manifest: Manifest, prep: Prep, started: float) -> None:
+    publish(folder, manifest)
+    print(summary_table(manifest, time.monotonic() - started), flush=True)
+    if warning := heldout_warning(manifest, prep.heldout_rows):
+        print(warning, file=sys.stderr)
+
+
 if __name__ == "__main__":
-    run_command(main, rank=launched_rank())
+    # sys.exit goes through MPI_Finalize, where the ranks wait for each other: a launcher that sees
+    # one of them fail would end the others before they have said why.
+    run_command(main, rank=launched_rank(), leave=sys.exit)

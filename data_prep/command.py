@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
@@ -19,19 +20,34 @@ EXIT_STOPPED = 85  # stopped on request, a checkpoint is saved: a scheduler shou
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot be done. The message names value, rule, consequence, remedy."""
+    """What the user asked for cannot be done: names the value, the rule and the remedy."""
 
 
 class RunError(RuntimeError):
     """The configuration is fine, the world is not: damaged data, a non-finite loss, a lost rank."""
 
 
-def run_command(main: Callable[[], int], *, rank: int = 0) -> NoReturn:
+class ElsewhereError(RuntimeError):
+    """Another rank failed and says why; this one only leaves, with the same status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"another rank failed with status {status}")
+        self.status = status
+
+
+def run_command(
+    main: Callable[[], int], *, rank: int = 0, leave: Callable[[int], object] = os._exit
+) -> NoReturn:
     """Run `main` and end the process with the project's exit status.
 
-    Refusals and failures print one line on stderr; only bugs print a traceback. Every rank finds the
-    same fault in a recipe, so only rank 0 speaks of it. The process ends at once on failure: a
-    collective that other ranks still wait in must not keep it alive.
+    Refusals and failures print one line on stderr; only bugs print a traceback. Every rank finds
+    the same fault in a recipe, so only rank 0 speaks of it.
+
+    Args:
+        main: the command; returns its exit status.
+        rank: of this process.
+        leave: how a failed process ends. By default at once, because a collective that other ranks
+            still wait in must not keep it alive.
     """
     try:
         status = main()
@@ -42,6 +58,12 @@ def run_command(main: Callable[[], int], *, rank: int = 0) -> NoReturn:
     except RunError as error:
         status = EXIT_FAILED
         print(f"error: {one_line(error)}", file=sys.stderr)
+    except ElsewhereError as error:
+        status = error.status
+    except KeyboardInterrupt:
+        status = EXIT_FAILED
+        if rank == 0:
+            print("error: interrupted", file=sys.stderr)
     except SystemExit as request:  # --help and --print_config
         status = request.code if isinstance(request.code, int) else EXIT_FAILED
     except BaseException:
@@ -51,7 +73,8 @@ def run_command(main: Callable[[], int], *, rank: int = 0) -> NoReturn:
     sys.stderr.flush()
     if status in (EXIT_FINISHED, EXIT_BAD_CONFIG):
         sys.exit(status)
-    os._exit(status)
+    leave(status)
+    raise AssertionError("unreachable: `leave` ends the process")
 
 
 def one_line(error: object) -> str:
@@ -103,12 +126,14 @@ def parse_recipe(
         raise
     except Exception as error:
         raise ConfigError(_explain(parser, one_line(error))) from error
-    sections = {name: getattr(recipe, name) for name in recipe_type.__dataclass_fields__}  # type: ignore[attr-defined]
+    sections = {
+        field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe_type)
+    }
     return recipe_type(**sections), namespace
 
 
 def _explain(parser: ArgumentParser, message: str) -> str:
-    """jsonargparse's message with what a reader needs to mend it: the nearest known key."""
+    """The parser's message with what a reader needs to mend it: the nearest known key."""
     group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
     single = re.search(r"Option '([^']+)' is not accepted", message)
     argument = re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", message)
@@ -119,7 +144,9 @@ def _explain(parser: ArgumentParser, message: str) -> str:
     elif argument:
         unknown = argument[1]
     else:
-        return message
+        return re.sub(
+            r"Parser key \"([^\"]+)\": Expected a <class '(\w+)'>", r"\1: expected \2", message
+        )
     known = [
         action.dest for action in parser._actions if action.dest not in ("help", "print_config")
     ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any
 
 from data_prep.command import ConfigError
+
+MAX_BLOCK_TOKENS = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,10 @@ def check_prep(prep: Prep) -> None:
         raise ConfigError(
             "prep.output_dir is null, so there is nowhere to write shards; set it to a folder"
         )
+    if os.path.exists(prep.output_dir) and not os.path.isdir(prep.output_dir):
+        raise ConfigError(
+            f"prep.output_dir={prep.output_dir} is a file, and shards need a folder; name another"
+        )
     for key, least in (
         ("seq_len", 8),
         ("rows_per_block", 1),
@@ -98,8 +105,25 @@ def check_prep(prep: Prep) -> None:
             raise ConfigError(
                 f"prep.{key}={getattr(prep, key)} is below {least}; use {least} or more"
             )
+    if prep.rows_per_block * prep.seq_len > MAX_BLOCK_TOKENS:
+        raise ConfigError(
+            f"prep.rows_per_block={prep.rows_per_block} rows of prep.seq_len={prep.seq_len} are "
+            f"more tokens than int32 boundaries can count ({MAX_BLOCK_TOKENS}); use fewer rows"
+        )
     if not 0.0 <= prep.smoothing <= 1.0:
         raise ConfigError(
             f"prep.smoothing={prep.smoothing} is outside 0..1, so rare languages would get less "
             "than their natural share or common ones none; use 0.3 (usual) to 1 (as found)"
         )
+
+
+def check_prep_recipe(recipe: PrepRecipe) -> None:
+    """As `check_prep`, and what preparation needs of the rest of the recipe.
+
+    Raises:
+        ConfigError: naming the key, its value, the rule and the remedy.
+    """
+    check_prep(recipe.prep)
+    if recipe.seed < 0:
+        raise ConfigError(f"seed={recipe.seed} is negative, which seeds nothing; use 0 or more")
+    _ = recipe.tokenizer  # raises where there is none

@@ -9,26 +9,29 @@ import gzip
 import json
 import re
 import unicodedata
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
 
-from data_prep.command import ConfigError
+from data_prep.command import ConfigError, RunError
 from data_prep.config import Prep
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".txt", ".txt.gz")
+UNKNOWN = "und"  # ISO 639's code for a language that is not determined
 _LANGUAGE = re.compile(r"[A-Za-z0-9_-]{1,32}")
 _SPACES = re.compile(r"\s+")
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ufeff]")
 
+# (language, text or None where it is broken, characters)
+_Raw = tuple[str, str | None, int]
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Document:
-    """A cleaned text; `raw_chars` is its length before cleaning."""
+    """A cleaned text."""
 
     language: str
     text: str
-    raw_chars: int
 
 
 class Counts(collections.Counter[tuple[str, str]]):
@@ -69,65 +72,74 @@ def read_documents(path: Path, prep: Prep, counts: Counts) -> Iterator[Document]
 
     What is dropped is counted in `counts` under its language and rule: `broken` (not UTF-8, not
     JSON, no text under prep.text_key; a broken line counts its bytes as characters) and `empty`.
+
+    Raises:
+        RunError: the file cannot be read to its end.
     """
-    stem = path.name.split(".")[0]
-    file_language = stem if _LANGUAGE.fullmatch(stem) else "und"
-    texts = _jsonl_texts if ".jsonl" in path.name else _txt_texts
-    opener = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rb") as stream:
-        for language, text, size in texts(stream, prep, file_language):
-            counts[language, "documents_in"] += 1
-            counts[language, "chars_in"] += size
-            if text is None:
-                counts[language, "documents_broken"] += 1
-                counts[language, "chars_broken"] += size
-                continue
-            clean = normalise(text)
-            if not clean:
-                counts[language, "documents_empty"] += 1
-                counts[language, "chars_empty"] += size
-                continue
+    for language, text, size in _raw_documents(path, prep):
+        counts[language, "documents_in"] += 1
+        counts[language, "chars_in"] += size
+        clean = "" if text is None else normalise(text)
+        if clean:
             counts[language, "chars_normalised_away"] += size - len(clean)
-            yield Document(language=language, text=clean, raw_chars=size)
+            yield Document(language=language, text=clean)
+        else:
+            rule = "broken" if text is None else "empty"
+            counts[language, f"documents_{rule}"] += 1
+            counts[language, f"chars_{rule}"] += size
 
 
-def _jsonl_texts(
-    stream: BinaryIO, prep: Prep, file_language: str
-) -> Iterator[tuple[str, str | None, int]]:
-    """(language, text or None where it is broken, characters) of each line."""
-    for line in stream:
+def _raw_documents(path: Path, prep: Prep) -> Iterator[_Raw]:
+    stem = path.name.split(".")[0]
+    file_language = stem if _LANGUAGE.fullmatch(stem) else UNKNOWN
+    opener = gzip.open if path.name.endswith(".gz") else open
+    try:
+        with opener(path, "rb") as stream:
+            if path.name.removesuffix(".gz").endswith(".jsonl"):
+                yield from _jsonl_documents(stream, prep, file_language)
+            else:
+                yield from _txt_documents(stream, file_language)
+    except (OSError, EOFError, zlib.error) as error:
+        raise RunError(
+            f"{path} cannot be read to its end ({error}), so its text would be missing from the "
+            "corpus; mend the file, or take it out of prep.input"
+        ) from error
+
+
+def _jsonl_documents(lines: Iterable[bytes], prep: Prep, file_language: str) -> Iterator[_Raw]:
+    """A document from each line that is not blank."""
+    for line in lines:
         if not line.strip():
             continue
         try:
             record = json.loads(line)
             text = record[prep.text_key]
             text.encode("utf-8")  # a lone surrogate is not text
-            language = str(record.get(prep.lang_key) or file_language)
+            language = record.get(prep.lang_key) or file_language
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             yield file_language, None, len(line)
             continue
-        yield (language if _LANGUAGE.fullmatch(language) else "und"), text, len(text)
+        is_name = isinstance(language, str) and _LANGUAGE.fullmatch(language)
+        yield (language if is_name else UNKNOWN), text, len(text)
 
 
-def _txt_texts(
-    stream: BinaryIO, prep: Prep, file_language: str
-) -> Iterator[tuple[str, str | None, int]]:
+def _txt_documents(lines: Iterable[bytes], file_language: str) -> Iterator[_Raw]:
     """Documents are separated by blank lines, as in CC-100."""
-    lines: list[bytes] = []
+    document: list[bytes] = []
 
-    def document() -> tuple[str, str | None, int]:
-        raw = b"".join(lines)
+    def finish() -> _Raw:
+        raw = b"".join(document)
+        document.clear()
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError:
             return file_language, None, len(raw)
         return file_language, text, len(text)
 
-    for line in stream:
+    for line in lines:
         if line.strip():
-            lines.append(line)
-        elif lines:
-            yield document()
-            lines.clear()
-    if lines:
-        yield document()
+            document.append(line)
+        elif document:
+            yield finish()
+    if document:
+        yield finish()

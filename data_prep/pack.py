@@ -102,7 +102,7 @@ def _pour(
         if 0 < segment.length - length < MIN_PIECE:
             length = segment.length - MIN_PIECE  # leave a piece that is still worth a row's place
         if length < MIN_PIECE and length < segment.length:
-            rest.append(segment)  # this hole is lost to any cut of this segment; try a larger one
+            rest.append(segment)  # no piece of it is worth this hole, which stays
             continue
         rows[row].append(segment._replace(length=length))
         pieces += 1

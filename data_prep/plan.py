@@ -57,14 +57,23 @@ class Plan:
         counts: collections.Counter[tuple[str, str]] = collections.Counter()
         heldout = [row for rows in self.heldout.values() for row in rows]
         for part, rows in (("train", self.train), ("heldout", heldout)):
-            for document in {segment.document for row in rows for segment in row}:
-                language = self.documents["language"][document].decode()
+            num_kept: collections.Counter[int] = collections.Counter()
+            for row in rows:
+                for segment in row:
+                    num_kept[segment.document] += segment.length
+            for document, kept in num_kept.items():
+                record = self.documents[document]
+                language = record["language"].decode()
                 counts[language, f"documents_{part}"] += 1
-                counts[language, f"chars_{part}"] += int(self.documents["chars"][document])
-        for (language, what), chars in self.dropped.items():
-            if what == "chars_heldout_remainder":
-                counts[language, "chars_heldout"] -= chars
+                counts[language, f"chars_{part}"] += int(record["chars"]) - _chars_of_tokens(
+                    record, max(0, int(record["tokens"]) - kept)
+                )
         return dict(counts)
+
+
+def _chars_of_tokens(record: np.void, num_tokens: int) -> int:
+    """About how many of a document's characters this many of its tokens stand for."""
+    return round(num_tokens / int(record["tokens"]) * int(record["chars"]))
 
 
 def make_plan(documents: npt.NDArray[np.void], prep: Prep, seed: int) -> Plan:
@@ -122,11 +131,12 @@ def _drop_duplicates(
     first = np.ones(len(documents), dtype=bool)
     first[1:] = documents["key"][1:] != documents["key"][:-1]
     _count(dropped, documents[~first], "duplicate")
-    unique = documents[first]
+    unique: npt.NDArray[np.void] = documents[first]
     silent = unique["tokens"] == 0
     _count(dropped, unique[silent], "no_tokens")
     unique = unique[~silent]
-    return unique[np.lexsort((unique["key"], unique["language"]))]
+    unique = unique[np.lexsort((unique["key"], unique["language"]))]
+    return unique
 
 
 def _take_heldout(
@@ -148,10 +158,11 @@ def _take_heldout(
         while start < end:
             if free < MIN_PIECE + FRAME:
                 if len(rows) == prep.heldout_rows:
-                    language = documents["language"][document].decode()
-                    chars = round((end - start) / end * int(documents["chars"][document]))
+                    record = documents[document]
                     if start:
-                        dropped[language, "chars_heldout_remainder"] = chars
+                        dropped[record["language"].decode(), "chars_heldout_remainder"] = (
+                            _chars_of_tokens(record, end - start)
+                        )
                     return rows, taken + (start > 0)
                 rows.append([])
                 free = prep.seq_len

@@ -5,11 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from data_prep.command import ConfigError, one_line
+from data_prep.command import (
+    EXIT_BAD_CONFIG,
+    EXIT_FAILED,
+    ConfigError,
+    ElsewhereError,
+    RunError,
+    one_line,
+)
 
 _LAUNCHER_MARKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "PMI_FD")
+T = TypeVar("T")
 
 
 class Ranks(Protocol):
@@ -18,21 +26,25 @@ class Ranks(Protocol):
     rank: int
     size: int
 
-    def allgather(self, item: Any) -> list[Any]:
+    def allgather(self, item: T) -> list[T]:
         """Every rank's item, in rank order, on every rank."""
 
     def abort(self, status: int) -> None:
         """End every rank with this exit status, at once."""
 
 
-class _OneRank:
+class OneRank:
+    """A process alone."""
+
     rank = 0
     size = 1
 
-    def allgather(self, item: Any) -> list[Any]:
+    def allgather(self, item: T) -> list[T]:
+        """See Ranks."""
         return [item]
 
     def abort(self, status: int) -> None:
+        """See Ranks."""
         sys.stderr.flush()
         os._exit(status)
 
@@ -42,11 +54,11 @@ class _MpiRanks:
         from mpi4py import MPI
 
         self._world = MPI.COMM_WORLD
-        self.rank = self._world.Get_rank()
-        self.size = self._world.Get_size()
+        self.rank: int = self._world.Get_rank()
+        self.size: int = self._world.Get_size()
 
-    def allgather(self, item: Any) -> list[Any]:
-        gathered: list[Any] = self._world.allgather(item)
+    def allgather(self, item: T) -> list[T]:
+        gathered: list[T] = self._world.allgather(item)
         return gathered
 
     def abort(self, status: int) -> None:
@@ -58,7 +70,8 @@ def connect() -> Ranks:
     """The MPI world when an MPI launcher started this process, otherwise one rank.
 
     Raises:
-        ConfigError: several processes were started without MPI between them, or mpi4py finds no MPI.
+        ConfigError: several processes were started without MPI between them, or mpi4py finds no
+            MPI, or not the launcher's.
     """
     if not any(mark in os.environ for mark in _LAUNCHER_MARKS):
         tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
@@ -67,14 +80,21 @@ def connect() -> Ranks:
                 f"srun started {tasks} tasks without MPI between them, so each would write the "
                 "same shards; use `srun --mpi=pmi2` (or pmix), or mpirun"
             )
-        return _OneRank()
+        return OneRank()
     try:
-        return _MpiRanks()
+        ranks = _MpiRanks()
     except (ImportError, RuntimeError) as error:
         raise ConfigError(
             f"an MPI launcher started this process but mpi4py cannot load MPI ({one_line(error)}); "
             "install one (`pip install mpich`) or run without mpirun"
         ) from error
+    launched = os.environ.get("PMI_SIZE") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+    if launched is not None and int(launched) != ranks.size:
+        raise ConfigError(
+            f"the launcher started {launched} processes but mpi4py's MPI sees {ranks.size}, so "
+            "each would write the same shards; use the mpirun of the MPI that mpi4py loads"
+        )
+    return ranks
 
 
 def launched_rank() -> int:
@@ -85,20 +105,35 @@ def launched_rank() -> int:
     return 0
 
 
-def agree(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
-    """Do `work` on every rank and gather the results; a failure anywhere is raised everywhere.
+def each(ranks: Ranks, work: Callable[[], T]) -> T:
+    """Do `work` on every rank, each for itself; a failure anywhere is everybody's.
 
     Raises:
-        The first failing rank's exception, on every rank, so that none waits for the others.
+        ConfigError or RunError: on rank 0, what the lowest failing rank raised, so that it is said
+            once. An OSError becomes a RunError; anything else is a bug and is not caught.
+        ElsewhereError: on all other ranks.
     """
-    failure: Exception | None = None
-    result = None
+    failure: ConfigError | RunError | None = None
     try:
         result = work()
-    except Exception as error:
+    except (ConfigError, RunError) as error:
         failure = error
-    outcomes = ranks.allgather((result, failure))
-    for _, error in outcomes:
-        if error is not None:
-            raise error
-    return [outcome for outcome, _ in outcomes]
+    except OSError as error:
+        failure = RunError(str(error))
+    for reason in ranks.allgather(failure):
+        if reason is not None:
+            if ranks.rank == 0:
+                raise reason
+            is_config = isinstance(reason, ConfigError)
+            raise ElsewhereError(EXIT_BAD_CONFIG if is_config else EXIT_FAILED)
+    return result
+
+
+def agree(ranks: Ranks, work: Callable[[], T]) -> list[T]:
+    """Do `work` on every rank and gather the results; fails as `each` does."""
+    return ranks.allgather(each(ranks, work))
+
+
+def on_rank_0(ranks: Ranks, work: Callable[[], Any]) -> Any:
+    """Do `work` on rank 0 while the others wait, and give all its result; fails as `each` does."""
+    return agree(ranks, lambda: work() if ranks.rank == 0 else None)[0]

@@ -3,7 +3,8 @@
 A sample of a tar is a *block* of rows: `KEY.input_ids.npy` [rows, seq_len] (uint16 where the
 vocabulary fits, else uint32), `KEY.cu_seqlens.npy` (int32 segment boundaries over the flattened
 block, strictly increasing from 0 to rows * seq_len) and `KEY.json`. No segment crosses a row. A
-segment is `<s> ... </s>` of one document; what is left of a row is padding, in a segment of its own.
+segment is `<s> ... </s>` of one document; what is left of a row is padding, in a segment of its
+own.
 
 `manifest.json` is written last and atomically: a folder without one is an unfinished preparation.
 It holds each block's byte range and CRC, so that any block is one ranged and checked read away.
@@ -27,7 +28,8 @@ import fsspec
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.command import ConfigError, RunError
+from data_prep.command import ConfigError, RunError, one_line
+from data_prep.durable import durable_write
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -110,7 +112,8 @@ class Manifest:
             raise RunError(f"{where} is damaged: its digest does not match its content; {_REMEDY}")
         if (version := body.pop("format_version")) != FORMAT_VERSION:
             raise RunError(
-                f"{where} has format version {version}, this reader knows {FORMAT_VERSION}; {_REMEDY}"
+                f"{where} has format version {version}, this reader knows {FORMAT_VERSION}; read "
+                "it with the release that wrote it, or prepare the shards again"
             )
         shards = tuple(
             Shard(**{**shard, "blocks": tuple(Block(**block) for block in shard["blocks"])})
@@ -123,7 +126,7 @@ class Manifest:
         return tuple(shard for shard in self.shards if shard.language == language)
 
 
-_REMEDY = "nothing can be trusted to be what was prepared; prepare the shards again"
+_REMEDY = "do not train on it; remove the folder and prepare the shards again"
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -152,7 +155,8 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 _PROBE = (
     "The Quick brown fox, naïve café №5 ½ ﬁ  12,345.67! Ελληνικά Български русский Türkçe İı "
-    "العربية tiếng Việt ภาษาไทย 中文，漢字 हिन्दी Kiswahili اردو 日本語カタカナ 한국어 👩‍💻 \t e\u0301"
+    "العربية tiếng Việt ภาษาไทย 中文，漢字 हिन्दी Kiswahili اردو "
+    "日本語カタカナ 한국어 \U0001f469\u200d\U0001f4bb \t e\u0301"
 )
 
 
@@ -170,14 +174,12 @@ def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> None:
     """
     import webdataset
 
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as stream:
-        with webdataset.TarWriter(stream, mtime=0, encoder=_encode) as writer:
-            for sample in samples:
-                writer.write(sample)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
+    with (
+        durable_write(path) as stream,
+        webdataset.TarWriter(stream, mtime=0, encoder=_encode) as writer,
+    ):
+        for sample in samples:
+            writer.write(sample)
 
 
 def _encode(sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -200,8 +202,11 @@ def describe_tar(path: Path, *, language: str | None = None) -> Shard:
     """
     blocks = []
     data = path.read_bytes()
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        members = tar.getmembers()
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            members = tar.getmembers()
+    except tarfile.TarError as error:
+        raise RunError(f"{path} is damaged ({error}); {_REMEDY}") from error
     for start in range(0, len(members), 3):
         first, last = members[start], members[min(start + 2, len(members) - 1)]
         padded = -(-last.size // _TAR_BLOCK) * _TAR_BLOCK
@@ -232,7 +237,11 @@ def parse_block(
     """
     try:
         with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
-            members = {m.name.partition(".")[2]: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
+            members = {
+                member.name.partition(".")[2]: content.read()
+                for member in tar
+                if (content := tar.extractfile(member)) is not None
+            }
         input_ids = np.load(io.BytesIO(members["input_ids.npy"]), allow_pickle=False)
         cu_seqlens = np.load(io.BytesIO(members["cu_seqlens.npy"]), allow_pickle=False)
         meta = json.loads(members["json"])
@@ -243,12 +252,8 @@ def parse_block(
 
 def publish(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically and durably: from now on the folder is a data set."""
-    partial = folder / (MANIFEST + ".partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(manifest.to_json())
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, folder / MANIFEST)
+    with durable_write(folder / MANIFEST) as stream:
+        stream.write(manifest.to_json().encode())
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -261,21 +266,29 @@ class ShardReader:
         url: folder or fsspec URL that holds manifest.json.
 
     Raises:
-        ConfigError: there is no manifest there.
+        ConfigError: there is no manifest there, or no file system for such a URL.
         RunError: the manifest is damaged, or a shard is missing or not of the size it names.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._fs, self._root = fsspec.core.url_to_fs(url)
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise ConfigError(
+                f"data.shards={url} is on no file system that fsspec can open ({one_line(error)}); "
+                "correct the URL, or install what it asks for"
+            ) from error
         manifest_path = f"{self._root.rstrip('/')}/{MANIFEST}"
         try:
             text = self._fs.cat_file(manifest_path).decode("utf-8", errors="replace")
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
                 f"data.shards={url} has no {MANIFEST}, so it is not a finished preparation; run "
                 "`python -m data_prep.build_shards --config RECIPE`, or name another folder"
             ) from error
+        except OSError as error:
+            raise RunError(f"{url}/{MANIFEST} cannot be read ({one_line(error)})") from error
         self.manifest = Manifest.from_json(text, where=f"{url}/{MANIFEST}")
         self._check_sizes()
 
@@ -316,7 +329,10 @@ class ShardReader:
         shard, block = self._languages[language][index]
         where = f"{self.url}/{shard.name}, block at byte {block.offset}"
         end = block.offset + block.bytes
-        raw = self._fs.cat_file(self._path(shard), start=block.offset, end=end)
+        try:
+            raw = self._fs.cat_file(self._path(shard), start=block.offset, end=end)
+        except OSError as error:
+            raise RunError(f"{where} cannot be read ({one_line(error)}); {_REMEDY}") from error
         if zlib.crc32(raw) != block.crc32:
             raise RunError(f"{where} is damaged: its CRC does not match the manifest; {_REMEDY}")
         input_ids, cu_seqlens, _ = parse_block(raw, where=where)

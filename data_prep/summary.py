@@ -14,7 +14,7 @@ _DROPPED = {
 
 
 def summary_table(manifest: Manifest, seconds: float) -> str:
-    """Documents, tokens and share of each language, the rows' fill, and what was dropped by rule."""
+    """Documents, tokens and share of each language, the rows' fill, and what was dropped."""
     total = sum(manifest.tokens.values())
     lines = [f"{'language':<10}{'documents':>11}{'tokens':>14}{'share':>8}{'held-out rows':>15}"]
     for language in sorted(manifest.accounting):
@@ -35,3 +35,14 @@ def summary_table(manifest: Manifest, seconds: float) -> str:
         if documents:
             lines.append(f"dropped: {documents:,} documents, {chars:,} characters: {meaning}")
     return "\n".join(lines)
+
+
+def heldout_warning(manifest: Manifest, wanted: int) -> str | None:
+    """One line where languages have too little text for the held-out rows that were asked for."""
+    few = [f"{name} {rows}" for name, rows in manifest.heldout_rows.items() if rows < wanted]
+    if not few:
+        return None
+    return (
+        f"warning: too little text for prep.heldout_rows={wanted} in some languages, because at "
+        f"most half of the documents are held out; they have: {', '.join(few)}"
+    )

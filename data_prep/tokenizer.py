@@ -20,7 +20,7 @@ class Tokenizer:
 
     Raises:
         ConfigError: nothing loads from there, it is not a fast tokenizer, or it does not frame a
-            text as one token, text, one token.
+            text as one token, text, one token, or has no padding token of its own.
     """
 
     def __init__(self, source: str) -> None:
@@ -30,7 +30,7 @@ class Tokenizer:
         logging.set_verbosity_error()  # "sequence longer than the maximum" is what we cut ourselves
         try:
             loaded: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # a damaged tokenizer.json raises a bare Exception
             raise ConfigError(
                 f"the tokenizer {source!r} does not load ({one_line(error)}); name a hub id or a "
                 "folder with tokenizer.json in prep.tokenizer or teacher.model"
@@ -40,14 +40,16 @@ class Tokenizer:
                 f"the tokenizer {source!r} has no fast (tokenizer.json) form, which batches need; "
                 "convert it with transformers first"
             )
-        framed = loaded("")["input_ids"]
-        if len(framed) != 2 or loaded.pad_token_id is None:
+        framed: list[int] = loaded("")["input_ids"]
+        pad_id: int | None = loaded.pad_token_id
+        if len(framed) != 2 or pad_id is None or pad_id in framed:
             raise ConfigError(
-                f"the tokenizer {source!r} frames an empty text as {framed} with padding "
-                f"{loaded.pad_token_id}; rows need one token before, one after and a padding token"
+                f"the tokenizer {source!r} frames an empty text as {framed} with padding {pad_id}; "
+                "rows need one token before, one after, and a padding token that is neither"
             )
-        self.cls_id, self.sep_id, self.pad_id = *framed, int(loaded.pad_token_id)
-        self.vocab_size = len(loaded)
+        self.cls_id, self.sep_id = framed
+        self.pad_id = pad_id
+        self.vocab_size = max(loaded.get_vocab().values()) + 1  # ids may have gaps
         self.dtype = id_dtype(self.vocab_size)
         self.fingerprint = tokenizer_fingerprint(loaded)
         self._backend = loaded.backend_tokenizer

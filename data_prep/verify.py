@@ -44,7 +44,7 @@ def find_faults(folder: Path) -> Iterator[str]:
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8", errors="replace")
         manifest = Manifest.from_json(text, where=where)
-    except RunError as error:
+    except (RunError, OSError) as error:
         yield str(error)
         return
     rows: collections.Counter[str | None] = collections.Counter()
@@ -61,7 +61,7 @@ def find_faults(folder: Path) -> Iterator[str]:
     named = {shard.name for shard in manifest.shards}
     for path in sorted(folder.glob("*.tar*")):
         if path.name not in named:
-            yield f"{path}: not in the manifest; no reader will see it"
+            yield f"{path}: not in the manifest, but whoever reads *.tar would read it"
 
 
 def _shard_faults(
@@ -82,6 +82,9 @@ def _shard_faults(
         yield f"{path}: its sha256 is not the manifest's"
     if sum(block.rows for block in shard.blocks) != shard.rows:
         yield f"{path}: its blocks' rows do not add up to {shard.rows}"
+    ends = np.cumsum([0, *(block.bytes for block in shard.blocks)])
+    if [block.offset for block in shard.blocks] != ends[:-1].tolist():
+        yield f"{path}: its blocks do not lie end to end"
     for number, block in enumerate(shard.blocks):
         where = f"{path}, block {number} at byte {block.offset}"
         raw = data[block.offset : block.offset + block.bytes]
@@ -112,7 +115,8 @@ def _block_faults(
     if input_ids.size and input_ids.max() >= manifest.vocab_size:
         yield f"id {input_ids.max()} is outside the vocabulary of {manifest.vocab_size}"
     bounds = cu_seqlens.astype(np.int64)
-    if cu_seqlens.dtype != np.int32 or bounds[0] != 0 or bounds[-1] != input_ids.size:
+    ends = (0, input_ids.size)
+    if cu_seqlens.dtype != np.int32 or bounds.size < 2 or (bounds[0], bounds[-1]) != ends:
         yield f"cu_seqlens is not int32 from 0 to {input_ids.size}"
         return
     if not (np.diff(bounds) > 0).all():

@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from data_prep.command import EXIT_BAD_CONFIG, EXIT_FAILED, ConfigError, ElsewhereError
+from data_prep.command import (
+    EXIT_BAD_CONFIG,
+    EXIT_FAILED,
+    ConfigError,
+    ElsewhereError,
+    RunError,
+)
 
 T = TypeVar("T")
 
@@ -40,8 +46,11 @@ def agree(work: Callable[[], T]) -> list[T]:
     """Do `work` on every rank and gather the results.
 
     Raises:
-        The exception of `work` on the lowest rank that failed, and ElsewhereError on all others:
-        the reason is printed once, and no rank waits for one that is gone.
+        ConfigError or RunError: what `work` refused on the lowest rank that failed; rank 0 raises it,
+            whichever rank it was, since rank 0 speaks for all.
+        ElsewhereError: on all other ranks, so that the reason is printed once and no rank waits for
+            one that is gone.
+        Exception: a bug, on the rank that has it.
     """
     failure: Exception | None = None
     result: T | None = None
@@ -49,14 +58,17 @@ def agree(work: Callable[[], T]) -> list[T]:
         result = work()
     except Exception as error:
         failure = error
-    status = EXIT_BAD_CONFIG if isinstance(failure, ConfigError) else EXIT_FAILED
-    outcomes = gather((result, None if failure is None else status))
-    for rank, (_, failed) in enumerate(outcomes):
-        if failed is not None:
-            if failure is not None and rank == _rank():
-                raise failure
-            raise ElsewhereError(failed)
-    return [outcome for outcome, _ in outcomes]  # type: ignore[misc]
+    explained = failure if isinstance(failure, ConfigError | RunError) else None
+    outcomes = gather((result, failure is not None, explained))
+    for rank, (_, failed, reason) in enumerate(outcomes):
+        if not failed:
+            continue
+        if reason is not None and _rank() == 0:
+            raise reason
+        if reason is None and rank == _rank() and failure is not None:
+            raise failure
+        raise ElsewhereError(EXIT_BAD_CONFIG if isinstance(reason, ConfigError) else EXIT_FAILED)
+    return [outcome for outcome, _, _ in outcomes]  # type: ignore[misc]
 
 
 def on_rank_0(work: Callable[[], T]) -> T:
