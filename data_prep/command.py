@@ -71,7 +71,7 @@ def run_command(
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    if status in (EXIT_FINISHED, EXIT_BAD_CONFIG):
+    if status == EXIT_FINISHED:
         sys.exit(status)
     leave(status)
     raise AssertionError("unreachable: `leave` ends the process")

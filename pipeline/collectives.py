@@ -46,10 +46,10 @@ def agree(work: Callable[[], T]) -> list[T]:
     """Do `work` on every rank and gather the results.
 
     Raises:
-        ConfigError or RunError: what `work` refused on the lowest rank that failed; rank 0 raises it,
-            whichever rank it was, since rank 0 speaks for all.
-        ElsewhereError: on all other ranks, so that the reason is printed once and no rank waits for
-            one that is gone.
+        ConfigError or RunError: what `work` refused on the lowest rank that failed; rank 0 raises
+            it, whichever rank it was, since rank 0 speaks for all.
+        ElsewhereError: on all other ranks, so that the reason is printed once and no rank waits
+            for one that is gone.
         Exception: a bug, on the rank that has it.
     """
     failure: Exception | None = None

@@ -63,7 +63,9 @@ def make_recipe(pocket_teacher: Path) -> Callable[..., Recipe]:
         shape = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
         return Recipe(
             **{"output_dir": "runs/test", **top},
-            teacher=Teacher(**{"model": str(pocket_teacher), "dtype": "float32", **(teacher or {})}),
+            teacher=Teacher(
+                **{"model": str(pocket_teacher), "dtype": "float32", **(teacher or {})}
+            ),
             student=Student(**{**shape, "intermediate_size": 32, **(student or {})}),
             objective=Objective(**{"num_relation_heads": 4, **(objective or {})}),
             train=Train(
@@ -120,20 +122,18 @@ def bert_tokenizer(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Path
 
 
 @pytest.fixture(scope="session")
-def prepare(
-    tmp_path_factory: pytest.TempPathFactory, repo: Path
-) -> Callable[[Path], Path]:
+def prepare(tmp_path_factory: pytest.TempPathFactory, repo: Path) -> Callable[[Path], Path]:
     """Prepares some of the demo text with a tokenizer; returns the folder of shards."""
 
     def run(tokenizer: Path) -> Path:
         folder = tmp_path_factory.mktemp("prepared") / "shards"
         arguments = [
-            f"--prep.input=[{repo}/recipes/demo_text/[ds]*.jsonl]",
+            f"--prep.input=['{repo}/recipes/demo_text/[ds]*.jsonl']",
             f"--prep.output_dir={folder}",
             f"--prep.tokenizer={tokenizer}",
             "--prep.seq_len=64",
             "--prep.heldout_rows=3",
-            "--prep.rows_per_block=8",
+            "--prep.rows_per_block=7",
             "--prep.blocks_per_shard=3",
         ]
         with pytest.MonkeyPatch.context() as patch:

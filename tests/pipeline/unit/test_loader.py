@@ -99,7 +99,7 @@ def test_the_prepared_text_is_worth_testing_with(
     blocks = ShardReader(str(folder)).blocks()
     assert len(list(folder.glob("train-*.tar"))) > 2
     assert 0 < blocks[-1].rows < blocks[0].rows
-    assert manifest.rows == len(train_rows) > 100
+    assert manifest.rows == len(train_rows) > 60
     assert manifest.special_ids["pad"] == CLS_SEP_PAD[which][2]
     lengths = [sum(map(len, row.segments)) for row in train_rows]
     assert min(lengths) < max(lengths) == manifest.seq_len
@@ -178,8 +178,7 @@ def test_a_damaged_block_is_refused_not_trained_on(folder: Path, tmp_path: Path)
     tar.write_bytes(data)
     loader = make_loader(copy)
     with pytest.raises(RunError, match=r"train-000000\.tar.*damaged"):
-        for step in range(40):
-            loader.micro_batches(step)
+        [loader.micro_batches(step) for step in range(40)]
 
 
 def fake_reader(rows_of_blocks: list[int]) -> SimpleNamespace:
@@ -196,9 +195,7 @@ def test_short_blocks_are_refused_before_the_last(one_rank: Topology) -> None:
             Loader(fake_reader(rows), one_rank, batch_size=4, micro=2, seed=1)
 
 
-def test_moving_a_batch_leaves_the_boundaries_on_the_host(
-    shards: Path, one_rank: Topology
-) -> None:
+def test_moving_a_batch_leaves_the_boundaries_on_the_host(shards: Path, one_rank: Topology) -> None:
     batch = make_loader(shards).micro_batches(0)[0]
     moved = batch.to(torch.device("meta"))
     assert moved.input_ids.device.type == moved.positions.device.type == "meta"
@@ -214,9 +211,10 @@ def test_blocks_are_read_once_while_they_are_near(
     monkeypatch.setattr(
         ShardReader,
         "read_block",
-        lambda self, index, *, language=None: reads.append(index)
-        or plain(self, index, language=language),
+        lambda self, index, *, language=None: (
+            reads.append(index) or plain(self, index, language=language)
+        ),
     )
-    for step in range(4):  # 32 rows, blocks of 8: four blocks, or five where one is the short one
+    for step in range(4):  # 32 rows, blocks of 7, one of which may be shorter
         loader.micro_batches(step)
-    assert 4 <= len(reads) == len(set(reads)) <= 5
+    assert 5 <= len(reads) == len(set(reads)) <= 6

@@ -81,9 +81,7 @@ def test_the_teacher_gives_what_the_plain_model_gives(
     segments = random_segments()
     packed = load_teacher(teacher_recipe(tiny_models[family], layer=layer), CPU)(pack(segments))
 
-    alone = [
-        plain_qkv(plain, layer or 3, ids[None], torch.ones(1, len(ids))) for ids in segments
-    ]
+    alone = [plain_qkv(plain, layer or 3, ids[None], torch.ones(1, len(ids))) for ids in segments]
     ids = torch.nn.utils.rnn.pad_sequence(
         segments, batch_first=True, padding_value=plain.config.pad_token_id
     )

@@ -8,9 +8,7 @@ import pytest
 from pipeline.config import Train
 from pipeline.schedule import learning_rate
 
-TRAIN = Train(
-    max_steps=10, batch_size=1, micro_batch_size=1, learning_rate=6.0, warmup_steps=4
-)
+TRAIN = Train(max_steps=10, batch_size=1, micro_batch_size=1, learning_rate=6.0, warmup_steps=4)
 
 
 def rates(**changes: int) -> list[float]:

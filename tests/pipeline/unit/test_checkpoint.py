@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.command import ConfigError, RunError
+from pipeline.checkpoint import (
+    FREE_KEYS,
+    LATEST,
+    MARKER,
+    Checkpoints,
+    State,
+    check_identity,
+    identity,
+    newest_state,
+    read_state,
+    tag_of,
+    write_durably,
+)
+from pipeline.config import Recipe, flatten
+from pipeline.topology import Topology
+
+SYSTEM_CALLS = [(os, "fsync"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink")]
+POLICY = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+
+
+class FakeEngine:
+    """Writes what an engine would: a file of the model and one of the optimizer."""
+
+    def save(self, folder: Path, tag: str) -> None:
+        (folder / tag).mkdir(parents=True)
+        for name in ("model.pt", "optimizer.pt"):
+            (folder / tag / name).write_bytes(f"{name} of {tag}".encode() * 100)
+
+
+def state_at(step: int) -> State:
+    return State(step=step, tokens=step * 10, world_size=1, identity={"seed": 1})
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path, one_rank: Topology) -> Callable[..., Checkpoints]:
+    """Saves steps into tmp_path/checkpoints."""
+
+    def save(*steps: int, keep: int = 10) -> Checkpoints:
+        made = Checkpoints(tmp_path, one_rank, keep=keep)
+        for step in steps:
+            made.save(FakeEngine(), state_at(step))
+        return made
+
+    return save
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("step-*"))
+
+
+def test_a_checkpoint_is_what_was_saved(checkpoints, tmp_path: Path) -> None:
+    made = checkpoints(3, 12)
+    assert made.newest() == state_at(12)
+    assert names(made.folder) == ["step-00000003", "step-00000012"]
+    assert (made.folder / LATEST).read_text() == "step-00000012"
+    assert read_state(made.folder / "step-00000003") == state_at(3)
+
+
+def test_the_marker_describes_every_file(checkpoints) -> None:
+    folder = checkpoints(3).folder / tag_of(3)
+    described = json.loads((folder / MARKER).read_text())["files"]
+    assert described.keys() == {"model.pt", "optimizer.pt"}
+    for name, facts in described.items():
+        data = (folder / name).read_bytes()
+        assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def test_there_is_none_before_the_first(tmp_path: Path, one_rank: Topology) -> None:
+    assert newest_state(tmp_path / "checkpoints") is None
+    assert Checkpoints(tmp_path, one_rank, keep=1).newest() is None
+
+
+def test_steps_are_ordered_as_numbers(checkpoints) -> None:
+    assert checkpoints(9, 10, 100, 99).newest() == state_at(100)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def edit_marker(path: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    body = json.loads((path / MARKER).read_text())
+    edit(body)
+    (path / MARKER).write_text(json.dumps(body))
+
+
+def replace_by_a_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.write_text("not a folder")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "no marker": lambda path: (path / MARKER).unlink(),
+    "flipped byte": lambda path: flip_a_byte(path / "model.pt"),
+    "flipped byte of the optimizer": lambda path: flip_a_byte(path / "optimizer.pt"),
+    "truncated": lambda path: (path / "model.pt").write_bytes(b"model.pt of"),
+    "emptied": lambda path: (path / "model.pt").write_bytes(b""),
+    "longer": lambda path: (path / "model.pt").open("ab").write(b"x"),
+    "missing file": lambda path: (path / "optimizer.pt").unlink(),
+    "empty marker": lambda path: (path / MARKER).write_text(""),
+    "torn marker": lambda path: (path / MARKER).write_text((path / MARKER).read_text()[:50]),
+    "garbage marker": lambda path: (path / MARKER).write_bytes(b"\xff\x00\x01"),
+    "marker that is a list": lambda path: (path / MARKER).write_text("[1, 2]"),
+    "marker that is a number": lambda path: (path / MARKER).write_text("5"),
+    "marker of nothing": lambda path: (path / MARKER).write_text("{}"),
+    "flipped byte of the marker": lambda path: flip_a_byte(path / MARKER),
+    "other step": lambda path: edit_marker(path, lambda body: body["state"].update(step=7)),
+    "other files": lambda path: edit_marker(path, lambda body: body["files"].clear()),
+    "unknown state": lambda path: edit_marker(path, lambda body: body["state"].update(extra=1)),
+    "no state": lambda path: edit_marker(path, lambda body: body.pop("state")),
+    "marker that is a folder": lambda path: ((path / MARKER).unlink(), (path / MARKER).mkdir()),
+    "not a folder": replace_by_a_file,
+}
+
+
+@pytest.mark.parametrize("damage", list(DAMAGES))
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    damage: str, checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = checkpoints(1, 2, 3)
+    damaged = made.folder / tag_of(3)
+    DAMAGES[damage](damaged)
+    assert made.newest() == state_at(2)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning:")
+    assert str(damaged) in warning
+
+
+def test_several_damaged_ones_are_all_named(
+    checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = checkpoints(1, 2, 3)
+    DAMAGES["no marker"](made.folder / tag_of(3))
+    DAMAGES["truncated"](made.folder / tag_of(2))
+    assert made.newest() == state_at(1)
+    warnings = capsys.readouterr().err.splitlines()
+    assert ["step-00000003" in w or "step-00000002" in w for w in warnings] == [True, True]
+    DAMAGES["missing file"](made.folder / tag_of(1))
+    assert made.newest() is None
+
+
+def test_older_damage_is_of_no_interest(checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    made = checkpoints(1, 2)
+    DAMAGES["flipped byte"](made.folder / tag_of(1))
+    assert made.newest() == state_at(2)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_copied_checkpoint_is_still_whole(checkpoints, tmp_path: Path) -> None:
+    made = checkpoints(1)
+    copy = tmp_path / "elsewhere" / tag_of(1)
+    shutil.copytree(made.folder / tag_of(1), copy)
+    assert newest_state(copy.parent) == state_at(1)
+
+
+# Retention
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_newest_complete_ones_are_kept(keep: int, checkpoints) -> None:
+    made = checkpoints(1, 2, 3, 4, keep=keep)
+    assert names(made.folder) == [tag_of(step) for step in range(5 - keep, 5)]
+
+
+def test_retention_deletes_complete_ones_only(checkpoints) -> None:
+    made = checkpoints(1, 2, 3)
+    DAMAGES["no marker"](made.folder / tag_of(1))
+    (made.folder / "notes.txt").write_text("mine")
+    (made.folder / "step-mine").mkdir()
+    checkpoints(4, keep=1)
+    assert names(made.folder) == [tag_of(1), tag_of(4), "step-mine"]
+    assert (made.folder / "notes.txt").exists()
+
+
+def test_retention_deletes_older_ones_only(checkpoints) -> None:
+    made = checkpoints(1, 2, 8, 9)
+    checkpoints(5, keep=1)
+    assert {tag_of(5), tag_of(8), tag_of(9)} <= set(names(made.folder))
+    assert not {tag_of(1), tag_of(2)} & set(names(made.folder))
+
+
+def test_a_newer_damaged_one_does_not_count_as_kept(checkpoints) -> None:
+    """After a resume from step 5, since 9 was damaged, keeping two means 5 and 7."""
+    made = checkpoints(3, 5, 9)
+    DAMAGES["flipped byte"](made.folder / tag_of(9))
+    checkpoints(7, keep=2)
+    assert read_state(made.folder / tag_of(7)) == state_at(7)
+    assert read_state(made.folder / tag_of(5)) == state_at(5)
+
+
+def test_a_torn_attempt_at_the_same_step_is_replaced(checkpoints) -> None:
+    made = checkpoints(1)
+    torn = made.folder / tag_of(2)
+    torn.mkdir()
+    (torn / "left-over.pt").write_text("half")
+    checkpoints(2)
+    assert made.newest() == state_at(2)
+    assert not (torn / "left-over.pt").exists()
+
+
+def test_a_save_that_fails_leaves_the_one_before_in_place(checkpoints, tmp_path: Path) -> None:
+    class FullDisk(FakeEngine):
+        def save(self, folder: Path, tag: str) -> None:
+            super().save(folder, tag)
+            raise OSError(28, "No space left on device")
+
+    made = checkpoints(1, keep=1)
+    with pytest.raises(RunError, match="No space left on device"):
+        made.save(FullDisk(), state_at(2))
+    assert (made.folder / LATEST).read_text() == tag_of(1)
+    assert newest_state(made.folder) == state_at(1)
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
+    checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every way out of `save` between two calls to the file system."""
+
+    class KilledError(BaseException):
+        pass
+
+    made = checkpoints(1, keep=1)
+    for patience in range(100):
+        calls = 0
+
+        def count(plain: Callable[..., Any], limit: int = patience) -> Callable[..., Any]:
+            def counted(*arguments: Any, **options: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls > limit:
+                    raise KilledError
+                return plain(*arguments, **options)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            for owner, name in SYSTEM_CALLS:
+                patch.setattr(owner, name, count(getattr(owner, name)))
+            try:
+                made.save(FakeEngine(), state_at(2))
+            except KilledError:
+                pass
+            else:
+                break
+        assert newest_state(made.folder) in (state_at(1), state_at(2))
+    assert 5 < patience < 99
+    assert newest_state(made.folder) == state_at(2)
+
+
+@pytest.mark.parametrize(("world_size", "is_foreign"), [(1, False), (2, True)])
+def test_foreign_is_what_another_number_of_ranks_wrote(
+    world_size: int, is_foreign: bool, checkpoints
+) -> None:
+    state = dataclasses.replace(state_at(1), world_size=world_size)
+    assert checkpoints().is_foreign(state) is is_foreign
+
+
+def test_write_durably_replaces_a_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_durably(path, "one")
+    write_durably(path, "two ✓")
+    assert path.read_text(encoding="utf-8") == "two ✓"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+# What a run is
+
+
+@pytest.fixture
+def identity_of(make_recipe: Callable[..., Recipe]) -> Callable[..., dict[str, Any]]:
+    def make(policy: dict[str, Any] = POLICY, digest: str = "d", **recipe: Any) -> dict[str, Any]:
+        return identity(make_recipe(**recipe), policy, digest)
+
+    return make
+
+
+def test_a_checkpoint_holds_the_identity_as_it_is(identity_of) -> None:
+    made = identity_of()
+    assert json.loads(json.dumps(made)) == made
+    assert made["train.learning_rate"] == 6e-4
+    assert made["deepspeed.zero_optimization.stage"] == 2
+    assert made["data.shards (content)"] == "d"
+    assert made["train.adam_betas"] == [0.9, 0.999]
+
+
+def test_free_keys_are_keys_of_the_recipe(make_recipe: Callable[..., Recipe]) -> None:
+    """A key that is renamed must not be left here under its old name."""
+    assert flatten(make_recipe()).keys() >= FREE_KEYS
+
+
+CHANGES = [
+    ({"seed": 2}, "seed"),
+    ({"train": {"max_steps": 11}}, "train.max_steps"),
+    ({"train": {"batch_size": 16}}, "train.batch_size"),
+    ({"train": {"micro_batch_size": 4}}, "train.micro_batch_size"),
+    ({"train": {"adam_betas": (0.9, 0.98)}}, "train.adam_betas"),
+    ({"train": {"warmup_steps": 1}}, "train.warmup_steps"),
+    ({"teacher": {"layer": 1}}, "teacher.layer"),
+    ({"student": {"hidden_dropout_prob": 0.2}}, "student.hidden_dropout_prob"),
+    ({"objective": {"relations": {"qq": 1.0}}}, "objective.relations.kk"),
+    (
+        {"policy": {**POLICY, "zero_optimization": {"stage": 3}}},
+        "deepspeed.zero_optimization.stage",
+    ),
+    ({"digest": "e"}, "data.shards (content)"),
+]
+
+
+@pytest.mark.parametrize(("changes", "key"), CHANGES, ids=str)
+def test_a_change_is_refused_by_name_unless_it_is_allowed(
+    changes: dict[str, Any], key: str, identity_of
+) -> None:
+    saved, now = identity_of(), identity_of(**changes)
+    with pytest.raises(ConfigError) as caught:
+        check_identity(saved, now, [])
+    message = str(caught.value)
+    assert f"{key} (was {saved.get(key)!r}, is {now.get(key)!r})" in message
+    assert "--allow_change" in message
+    assert json.dumps(key) in message
+
+    changed = [name for name in {*saved, *now} if saved.get(name) != now.get(name)]
+    check_identity(saved, now, changed)
+    section = key.partition(".")[0]
+    check_identity(saved, now, [section] if "." in key else [key])
+    for allowed in ("train.max_step", "train.learning_rate", "see", "deep", "data.shards", ""):
+        with pytest.raises(ConfigError):
+            check_identity(saved, now, [allowed])
+
+
+def test_all_changed_keys_are_named_and_only_these(identity_of) -> None:
+    saved = identity_of()
+    now = identity_of(seed=2, train={"max_steps": 11, "weight_decay": 0.5})
+    with pytest.raises(ConfigError) as caught:
+        check_identity(saved, now, ["seed"])
+    message = str(caught.value)
+    assert "train.max_steps" in message
+    assert "train.weight_decay" in message
+    assert "seed" not in message
+    assert "learning_rate" not in message
+    assert '--allow_change \'["train.max_steps", "train.weight_decay"]\'' in message
+
+
+def test_the_remedy_that_is_named_works(identity_of) -> None:
+    saved, now = identity_of(), identity_of(seed=2, train={"max_steps": 11})
+    with pytest.raises(ConfigError) as caught:
+        check_identity(saved, now, [])
+    allowed = str(caught.value).partition("--allow_change '")[2].rstrip("'")
+    check_identity(saved, now, json.loads(allowed))
+
+
+FREE_CHANGES: dict[str, Any] = {
+    "output_dir": "runs/elsewhere",
+    "data": {"shards": "a-copy", "prepare": True, "row_log": True},
+    "train": {"save_every": 7, "keep_checkpoints": 7, "log_every": 7, "eval_every": 7},
+}
+
+
+def test_what_cannot_change_what_is_learned_may_change(identity_of) -> None:
+    assert set(flatten(FREE_CHANGES)) == FREE_KEYS
+    check_identity(identity_of(), identity_of(**FREE_CHANGES), [])
+
+
+def test_preparation_settings_count_by_the_shards_they_made(
+    make_recipe: Callable[..., Recipe],
+) -> None:
+    recipe = make_recipe()
+    prep = dataclasses.replace(recipe.prep, text_key="body")
+    other = dataclasses.replace(recipe, prep=prep)
+    assert identity(recipe, POLICY, "d") == identity(other, POLICY, "d")
+
+
+def test_a_key_that_came_or_went_is_a_change() -> None:
+    check_identity({"a": 1, "b": None}, {"a": 1}, [])
+    with pytest.raises(ConfigError, match=r"b \(was None, is 2\)"):
+        check_identity({"a": 1}, {"a": 1, "b": 2}, [])
+    with pytest.raises(ConfigError, match=r"b \(was 2, is None\)"):
+        check_identity({"a": 1, "b": 2}, {"a": 1}, [])

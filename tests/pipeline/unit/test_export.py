@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from data_prep.command import ConfigError, RunError
+from pipeline import export
+from pipeline.checkpoint import Checkpoints, State
+from pipeline.config import Recipe
+from pipeline.export import export_student, main, save_start
+from pipeline.models import (
+    CutEncoder,
+    build_student,
+    load_tokenizer,
+    read_config,
+    student_config,
+)
+from pipeline.run import plain
+from pipeline.topology import Topology
+
+METRICS = [
+    {"step": 1, "loss": 3.25},
+    {"step": 1, "heldout_loss": 3.5, "heldout_loss_de": 3.0, "heldout_loss_sw": 4.0},
+    {"step": 2, "loss": 1.75},
+    {"step": 2, "heldout_loss": 1.5, "heldout_loss_de": 1.125, "heldout_loss_sw": 1.875},
+    {"step": 3, "loss": 0.5},
+]
+
+
+def state_at(step: int) -> State:
+    content = {"data.shards (content)": "0123456789abcdef" * 4}
+    return State(step=step, tokens=step * 1000, world_size=1, identity=content)
+
+
+class Run:
+    """A run's folder, as training leaves it, and the student that it trained."""
+
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
+        self.folder, self.recipe = folder, recipe
+        config = student_config(recipe.student, read_config("teacher.model", recipe.teacher.model))
+        model = build_student(recipe.student, config, seed=1)
+        self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        trained = CutEncoder(model).named_weights()
+        self.untrained = {n: t for n, t in self.start.items() if n not in trained}
+        generator = torch.Generator().manual_seed(2)
+        self.trained = {
+            name: torch.randn(weight.shape, generator=generator) for name, weight in trained.items()
+        }
+        folder.mkdir()
+        save_start(config, load_tokenizer(recipe.tokenizer), self.untrained, folder)
+        (folder / "config.yaml").write_text(yaml.safe_dump(plain(recipe)))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in METRICS))
+
+    @property
+    def whole(self) -> dict[str, torch.Tensor]:
+        return {**self.untrained, **self.trained}
+
+
+@pytest.fixture
+def run(tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch) -> Run:
+    run = Run(tmp_path / "run", make_recipe(output_dir="runs/my-student"))
+
+    def read(folder: Path, tag: str, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+        assert folder == run.folder / "checkpoints"
+        run.tag = tag
+        assert shapes == {name: weight.shape for name, weight in run.trained.items()}
+        return {name: run.trained[name].clone() for name in shapes}
+
+    monkeypatch.setattr(export, "read_weights", read)
+    return run
+
+
+def assert_loads_as(folder: Path, weights: dict[str, torch.Tensor]) -> Any:
+    """Plain transformers finds exactly these weights there, and misses none."""
+    model, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    state = model.state_dict()
+    assert state.keys() == weights.keys()
+    assert all(torch.equal(state[name], weights[name]) for name in weights)
+    return model
+
+
+def test_the_student_is_an_ordinary_model(run: Run, pocket_teacher: Path) -> None:
+    folder = export_student(run.recipe, run.folder, state_at(2))
+    assert folder == run.folder / "student"
+    assert run.tag == "step-00000002"
+    model = assert_loads_as(folder, run.whole)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    text = "Ein Satz, dann noch einer."
+    ours, teachers = AutoTokenizer.from_pretrained(folder), load_tokenizer(str(pocket_teacher))
+    assert ours(text)["input_ids"] == teachers(text)["input_ids"]
+    model(**ours(text, return_tensors="pt"))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    assert "packed" not in json.dumps(config)
+    assert not list(folder.glob("untrained*"))
+
+
+def test_the_student_computes_what_was_trained(run: Run) -> None:
+    """The exported model's layers, plainly run, are those of the cut encoder with its weights."""
+    folder = export_student(run.recipe, run.folder, state_at(2))
+    plain_model = AutoModel.from_pretrained(folder).eval()
+    cut = CutEncoder(AutoModel.from_pretrained(folder, attn_implementation="packed_segments"))
+    ids = torch.tensor([[0, 100, 200, 300, 2]])
+    with torch.no_grad():
+        states = plain_model(ids, output_hidden_states=True).hidden_states
+        expected = plain_model.encoder.layer[1].attention.self.query(states[1])[0]
+        ours = cut.eval()(ids, torch.arange(5)[None], torch.tensor([0, 5]))
+    torch.testing.assert_close(ours.q, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_never_trained_is_as_it_was_initialised(run: Run) -> None:
+    folder = export_student(run.recipe, run.folder, state_at(2))
+    weights = load_file(folder / "model.safetensors")
+    last = "encoder.layer.1.output.dense.weight"
+    assert last in run.untrained
+    assert torch.equal(weights[last], run.start[last])
+
+
+def test_the_model_card_tells_the_truth(run: Run) -> None:
+    card = (export_student(run.recipe, run.folder, state_at(2)) / "README.md").read_text()
+    assert card.startswith("---\n")
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["language"] == ["de", "sw"]
+    assert "# my-student" in card
+    assert str(run.recipe.teacher.model) in card
+    num_parameters = sum(weight.numel() for weight in run.whole.values())
+    assert f"{num_parameters:,}" in card
+    assert f"{16000 * 16:,} word embeddings" in card
+    assert "2 of 10 steps of 8 rows, 2,000 tokens" in card
+    assert "3.2500 at step 1, 1.7500 at step 2" in card  # step 3 is after this checkpoint
+    assert "1.5000 at step 2" in card
+    assert "| de | 1.1250 |" in card
+    assert "0.5000" not in card
+    for name in run.untrained:
+        assert f"- `{name}`" in card
+    for name in run.trained:
+        assert f"`{name}`" not in card
+    assert yaml.safe_load(card.split("```yaml")[1].split("```")[0]) == plain(run.recipe)
+
+
+def test_a_run_without_held_out_losses_has_a_card_too(run: Run) -> None:
+    (run.folder / "metrics.jsonl").unlink()
+    card = (export_student(run.recipe, run.folder, state_at(2)) / "README.md").read_text()
+    assert "held-out" not in card
+    assert "language" not in yaml.safe_load(card.split("---")[1])
+
+
+def test_an_older_student_is_replaced_whole(run: Run) -> None:
+    export_student(run.recipe, run.folder, state_at(1))
+    (run.folder / "student" / "old.txt").write_text("of the old one")
+    run.trained["embeddings.LayerNorm.bias"] += 1
+    folder = export_student(run.recipe, run.folder, state_at(2))
+    assert_loads_as(folder, run.whole)
+    assert not (folder / "old.txt").exists()
+    assert not (run.folder / ".student.partial").exists()
+
+
+def test_a_failed_export_leaves_the_older_student(run: Run, monkeypatch) -> None:
+    before = run.whole
+    folder = export_student(run.recipe, run.folder, state_at(1))
+
+    def fail(*arguments: Any) -> None:
+        raise RunError("damaged")
+
+    monkeypatch.setattr(export, "read_weights", fail)
+    with pytest.raises(RunError):
+        export_student(run.recipe, run.folder, state_at(2))
+    assert_loads_as(folder, before)
+
+
+def test_the_start_is_replaced_whole(run: Run, make_recipe: Callable[..., Recipe]) -> None:
+    config = student_config(run.recipe.student, read_config("x", run.recipe.teacher.model))
+    tokenizer = load_tokenizer(run.recipe.tokenizer)
+    (run.folder / "student-start" / "old.txt").write_text("old")
+    save_start(config, tokenizer, {"weight": torch.ones(2)}, run.folder)
+    start = run.folder / "student-start"
+    assert not (start / "old.txt").exists()
+    assert load_file(start / "untrained.safetensors")["weight"].tolist() == [1, 1]
+    assert sorted(p.name for p in run.folder.iterdir() if p.name.startswith(".")) == []
+
+
+# The command
+
+
+class FakeEngine:
+    def save(self, folder: Path, tag: str) -> None:
+        (folder / tag).mkdir(parents=True)
+        (folder / tag / "model.pt").write_bytes(b"weights")
+
+
+@pytest.fixture
+def checkpoints(run: Run, one_rank: Topology) -> Path:
+    """The run's checkpoints, at steps 1 and 2."""
+    made = Checkpoints(run.folder, one_rank, keep=5)
+    for step in (1, 2):
+        made.save(FakeEngine(), state_at(step))
+    return made.folder
+
+
+def test_the_newest_checkpoint_is_exported_wherever_the_run_lies(
+    run: Run, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--run", str(run.folder)]) == 0
+    assert run.tag == "step-00000002"
+    assert capsys.readouterr().out.strip() == str(run.folder / "student")
+    assert_loads_as(run.folder / "student", run.whole)
+
+
+def test_a_checkpoint_may_be_named(run: Run, checkpoints: Path) -> None:
+    assert main(["--run", str(run.folder), "--checkpoint", "step-00000001"]) == 0
+    assert run.tag == "step-00000001"
+
+
+def test_a_damaged_checkpoint_is_not_exported(
+    run: Run, checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoints / "step-00000002" / "model.pt").write_bytes(b"Weights")
+    with pytest.raises(RunError, match=r"step-00000002 is damaged: model\.pt"):
+        main(["--run", str(run.folder), "--checkpoint", "step-00000002"])
+    assert main(["--run", str(run.folder)]) == 0
+    assert run.tag == "step-00000001"
+    assert "step-00000002" in capsys.readouterr().err
+
+
+def test_what_is_not_there_is_refused_by_name(run: Run, checkpoints: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"--run {tmp_path} has no config\.yaml"):
+        main(["--run", str(tmp_path)])
+    with pytest.raises(ConfigError, match=r"step-9 is not one of step-00000001, step-00000002"):
+        main(["--run", str(run.folder), "--checkpoint", "step-9"])
+
+
+def test_a_run_without_a_checkpoint_is_refused(run: Run) -> None:
+    with pytest.raises(ConfigError, match="no whole checkpoint"):
+        main(["--run", str(run.folder)])

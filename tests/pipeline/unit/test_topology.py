@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from data_prep.command import ConfigError
+from pipeline.topology import Topology, launched_rank
+
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "MASTER_ADDR": "node-1",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The process's environment: this, and nothing else."""
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
+
+
+def test_one_rank_alone(environment: dict[str, str]) -> None:
+    assert Topology.from_environment() == Topology(
+        rank=0, world_size=1, local_rank=0, local_world_size=1
+    )
+    assert launched_rank() == 0
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("0", "1")
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+    assert 0 < int(environment["MASTER_PORT"]) < 65536
+
+
+def test_two_runs_alone_do_not_meet_at_a_port(environment: dict[str, str]) -> None:
+    ports = set()
+    for _ in range(5):
+        environment.clear()
+        Topology.from_environment()
+        ports.add(environment["MASTER_PORT"])
+    assert len(ports) > 1
+
+
+@pytest.mark.parametrize("local_size", ["LOCAL_WORLD_SIZE", "LOCAL_SIZE"])
+def test_deepspeed_and_torchrun(local_size: str, environment: dict[str, str]) -> None:
+    launched = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", local_size: "2"}
+    launched |= {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29501"}
+    environment.update(launched)
+    assert Topology.from_environment() == Topology(
+        rank=3, world_size=4, local_rank=1, local_world_size=2
+    )
+    assert environment.items() >= launched.items()
+    assert launched_rank() == 3
+
+
+def test_srun(environment: dict[str, str]) -> None:
+    environment.update(SRUN)
+    assert launched_rank() == 5
+    assert Topology.from_environment() == Topology(
+        rank=5, world_size=8, local_rank=1, local_world_size=4
+    )
+    assert environment["RANK"] == "5"
+    assert environment["WORLD_SIZE"] == "8"
+    assert environment["LOCAL_RANK"] == "1"
+    assert environment["MASTER_ADDR"] == "node-1"
+    assert environment["MASTER_PORT"] == "29500"  # all ranks must come to the same one
+
+
+@pytest.mark.parametrize(("visible", "local_rank"), [("2", 0), ("0,1,2,3", 1), ("", 1), (None, 1)])
+def test_a_gpu_that_srun_bound_is_the_tasks_number_0(
+    visible: str | None, local_rank: int, environment: dict[str, str]
+) -> None:
+    environment.update(SRUN)
+    if visible is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = visible
+    assert Topology.from_environment().local_rank == local_rank
+    assert environment["LOCAL_RANK"] == str(local_rank)
+
+
+def test_a_launcher_within_a_job_is_the_launcher(environment: dict[str, str]) -> None:
+    environment.update(SRUN, RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2")
+    assert Topology.from_environment() == Topology(
+        rank=1, world_size=2, local_rank=1, local_world_size=2
+    )
+    assert launched_rank() == 1
+
+
+def test_a_single_task_of_srun_is_one_rank_alone(environment: dict[str, str]) -> None:
+    environment.update(SRUN, SLURM_STEP_NUM_TASKS="1", SLURM_PROCID="0")
+    assert Topology.from_environment().world_size == 1
+
+
+def test_tasks_that_cannot_find_each_other_are_refused(environment: dict[str, str]) -> None:
+    environment.update(SRUN)
+    del environment["MASTER_ADDR"]
+    with pytest.raises(ConfigError, match=r"MASTER_ADDR is not set.*distill_xlmr\.sbatch"):
+        Topology.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "threads"), [(8, 1, 8), (8, 2, 4), (7, 2, 3), (2, 4, 1)]
+)
+def test_threads_are_a_fair_share_of_the_cores(
+    cores: int, ranks: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    topology = Topology(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks)
+    assert topology.threads == threads
