@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 EXIT_FINISHED = 0
@@ -119,6 +121,8 @@ def parse_recipe(
     names_recipe = any(a == "--config" or a.startswith("--config=") for a in arguments)
     if default_config is not None and not names_recipe:
         arguments = ["--config", default_config, *arguments]
+    for path in _config_paths(arguments):
+        _check_readable(path)
     try:
         namespace = parser.parse_args(arguments)
         recipe = parser.instantiate(namespace)
@@ -130,6 +134,29 @@ def parse_recipe(
         field.name: getattr(recipe, field.name) for field in dataclasses.fields(recipe_type)
     }
     return recipe_type(**sections), namespace
+
+
+def _config_paths(arguments: Sequence[str]) -> list[str]:
+    named = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    return named + [b for a, b in itertools.pairwise(arguments) if a == "--config"]
+
+
+def _check_readable(path: str) -> None:
+    """Name the file where it holds no mapping: the parser's own messages do not."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = yaml.safe_load(stream)
+    except OSError as error:
+        raise ConfigError(
+            f"--config {path} cannot be read ({error.strerror}); name a recipe such as "
+            "recipes/demo.yaml"
+        ) from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path} is not YAML ({one_line(error)}); correct it") from error
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"--config {path} holds no recipe but {type(content).__name__}; see recipes/demo.yaml"
+        )
 
 
 def _explain(parser: ArgumentParser, message: str) -> str:

@@ -91,6 +91,15 @@ class Checkpoints:
             RunError: a file could not be written.
         """
         path = self.folder / tag_of(state.step)
+        try:
+            self._write(engine, state, path)
+        except OSError as error:
+            raise RunError(
+                f"checkpoint {path} cannot be written ({error.strerror or error}); the one before "
+                "is whole: make room and start the same command again"
+            ) from error
+
+    def _write(self, engine: Engine, state: State, path: Path) -> None:
         on_rank_0(lambda: self._clear(path))
         engine.save(self.folder, path.name)
         written = sorted(p for p in path.iterdir() if p.is_file())
@@ -109,10 +118,10 @@ class Checkpoints:
         write_durably(path / MARKER, json.dumps({**body, "digest": _digest(body)}, indent=1))
         write_durably(self.folder / LATEST, path.name)
         complete = sorted(p.parent for p in self.folder.glob(f"step-*/{MARKER}"))
-        for old in complete[: -self._keep]:
-            if old < path:
-                (old / MARKER).unlink()  # first, so that a kill leaves no half with a marker
-                shutil.rmtree(old)
+        # A later one is damaged, or this run would have gone on from it: it keeps nobody's place.
+        for old in [p for p in complete if p <= path][: -self._keep]:
+            (old / MARKER).unlink()  # first, so that a kill leaves no half with a marker
+            shutil.rmtree(old)
 
     def is_foreign(self, state: State) -> bool:
         """Whether another number of ranks wrote it, so that its shards must be cut anew."""
@@ -151,6 +160,8 @@ def read_state(path: Path) -> State:
         files, state = body["files"], State(**body["state"])
     except FileNotFoundError as error:
         raise RunError(f"checkpoint {path} has no {MARKER}: it was never finished") from error
+    except OSError as error:
+        raise RunError(f"checkpoint {path} cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"checkpoint {path} is damaged: {MARKER} is unreadable ({error})") from error
     if digest != _digest(body):
@@ -181,8 +192,8 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: li
         )
         raise ConfigError(
             f"the checkpoint was made with other values of {listed}, so the run would not be the "
-            "one that started; restore them, use another output_dir, or pass --allow_change "
-            f"'{json.dumps(changed)}'"
+            "one that started; restore them, use another output_dir, or pass "
+            + " ".join(f"--allow_change {key!r}" for key in changed)
         )
 
 

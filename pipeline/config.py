@@ -187,8 +187,10 @@ def load_recipe(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
         )
         parser.add_argument(
             "--allow_change",
-            type=list[str],
+            type=str,
+            action="append",
             default=[],
+            metavar="KEY",
             help="recipe keys that may differ from the checkpoint's, although they change the run",
         )
         parser.add_argument(
@@ -214,6 +216,8 @@ def check_recipe(recipe: Recipe) -> None:
         ConfigError: naming the key, its value, the rule and the remedy.
     """
     train, student, objective = recipe.train, recipe.student, recipe.objective
+    if not recipe.output_dir.strip():
+        raise ConfigError("output_dir is empty, so there is nowhere to write; name a folder")
     at_least_one: dict[str, int] = {
         "train.max_steps": train.max_steps,
         "train.batch_size": train.batch_size,

@@ -78,7 +78,7 @@ def merge_ds_config(policy: Mapping[str, Any], recipe: Recipe, world_size: int) 
 
 
 def _check_literal(key: str, literal: Any, recipe_key: str, value: Any) -> None:
-    same = list(literal) == list(value) if isinstance(literal, list) else literal == value
+    same = literal == value and not isinstance(literal, bool)
     if literal != "auto" and not same:
         raise ConfigError(
             f"ds_config {key}={literal} contradicts {recipe_key}={value} of the recipe; write "
@@ -87,18 +87,22 @@ def _check_literal(key: str, literal: Any, recipe_key: str, value: Any) -> None:
 
 
 def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
-    if optimizer.get("type", "AdamW").lower() != "adamw":
+    if unknown := sorted(optimizer.keys() - {"type", "params"}):
+        raise ConfigError(f"ds_config optimizer.{unknown[0]} is not used; remove it")
+    kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
+    if str(kind).lower() != "adamw":
         raise ConfigError(
-            f"ds_config optimizer.type={optimizer['type']!r} is not AdamW, which this project "
-            "trains with; write AdamW or remove the block"
+            f"ds_config optimizer.type={kind!r} is not AdamW, which this project trains with; "
+            "write AdamW or remove the block"
         )
+    if not isinstance(params, dict):
+        raise ConfigError(f"ds_config optimizer.params={params!r} is not a JSON object")
     decided = {
         "lr": ("train.learning_rate", recipe.train.learning_rate),
         "betas": ("train.adam_betas", list(recipe.train.adam_betas)),
         "eps": ("train.adam_eps", recipe.train.adam_eps),
         "weight_decay": ("train.weight_decay", recipe.train.weight_decay),
     }
-    params = optimizer.get("params", {})
     if unknown := sorted(params.keys() - decided.keys() - {"torch_adam", "adam_w_mode"}):
         raise ConfigError(
             f"ds_config optimizer.params.{unknown[0]} is not used; remove it (known: "
@@ -323,16 +327,25 @@ def read_weights(
         RunError: a parameter is missing or of another shape.
     """
     converted = folder / f".universal-{os.getpid()}"
-    convert_to_universal(folder, tag, converted)
+    try:
+        convert_to_universal(folder, tag, converted)
+        return _universal_weights(converted / tag / "zero", shapes)
+    finally:
+        shutil.rmtree(converted, ignore_errors=True)
+
+
+def _universal_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
-        path = converted / tag / "zero" / f"model.{name}" / "fp32.pt"
+        path = folder / f"model.{name}" / "fp32.pt"
         if not path.exists():
-            raise RunError(f"{folder / tag} holds no parameter {name!r}; it is of another student")
+            raise RunError(f"the checkpoint has no parameter {name!r}: it is of another student")
         stored = torch.load(path, weights_only=True)
         flat = stored["param"] if isinstance(stored, dict) else stored
         if flat.numel() != shape.numel():
-            raise RunError(f"{folder / tag} holds {name!r} with {flat.numel()} values, not {shape}")
+            raise RunError(
+                f"the checkpoint has {name!r} with {flat.numel()} values, not {tuple(shape)}: it "
+                "is of another student"
+            )
         weights[name] = flat.reshape(shape)
-    shutil.rmtree(converted)
     return weights

@@ -133,7 +133,7 @@ def read_config(key: str, source: str) -> Any:
         )
     try:
         config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"{key}={source!r} does not load ({one_line(error)}); give a folder that exists or a "
             "hub id that this machine can reach"
@@ -208,8 +208,11 @@ def _load(key: str, source: str, config: Any, dtype: torch.dtype, **options: Any
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"{key}={source!r} does not load ({one_line(error)})") from error
+    except Exception as error:  # whatever a user's folder may provoke in there
+        raise ConfigError(
+            f"{key}={source!r} does not load ({one_line(error)}); give a whole model folder or a "
+            "hub id"
+        ) from error
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ConfigError(
@@ -232,7 +235,7 @@ def load_tokenizer(source: str) -> Any:
     """
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"the tokenizer {source!r} does not load ({one_line(error)}); set prep.tokenizer to "
             "the one that the shards were made with"

@@ -46,15 +46,13 @@ class RunFacts:
     inference: dict[str, Any] | None
 
     @property
-    def by_language(self) -> dict[str, tuple[float, float]]:
-        """First and last held-out loss of each language."""
+    def by_language(self) -> dict[str, tuple[float | None, float]]:
+        """First and last held-out loss of each language; no first one if it came later."""
         if not self.heldout:
             return {}
         first, last = self.heldout[0], self.heldout[-1]
         names = [key.removeprefix(_HELDOUT) for key in last if key.startswith(_HELDOUT)]
-        return {
-            n: (first[_HELDOUT + n], last[_HELDOUT + n]) for n in sorted(names)
-        }  # fmt: skip
+        return {name: (first.get(_HELDOUT + name), last[_HELDOUT + name]) for name in sorted(names)}
 
 
 def read_run(run: Path) -> RunFacts:

@@ -13,6 +13,7 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p).resolve() != _HERE)]
 
+import hashlib
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -80,7 +81,7 @@ def train_step(run: Run) -> bool:
     num_tokens = sum(agree(read))  # over all ranks; damaged data on one rank ends all of them
     sums = []
     for number, batch in enumerate(batches):
-        torch.manual_seed((recipe.seed << 40) + batch.first_position)  # dropout belongs to the rows
+        torch.manual_seed(dropout_seed(recipe.seed, batch))
         batch = batch.to(run.device)
         targets = run.teacher(batch)
         losses = minilmv2(run.engine(batch), targets, batch.cu_seqlens, recipe.objective)
@@ -104,6 +105,15 @@ def train_step(run: Run) -> bool:
     if done % recipe.train.log_every == 0 or done in (1, recipe.train.max_steps):
         run.log(sums_per_batch.sum(0), num_tokens, rate, result)
     return stop
+
+
+def dropout_seed(seed: int, batch: Batch) -> int:
+    """Dropout belongs to the rows: whoever reads a batch, and whenever, draws the same masks.
+
+    Hashed into 32 bits, which is all that torch's CPU generator takes in.
+    """
+    name = f"{seed}/{batch.first_position}".encode()
+    return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
 
 
 def check_step(run: Run, sums_per_batch: torch.Tensor, batches: Sequence[Batch]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -64,8 +65,11 @@ def relation_kl(
                 f"{num_relation_heads} relation heads do not divide the {name}'s width {width}"
             )
     bounds = cu_seqlens.tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != num_tokens or sorted(bounds) != bounds:
-        raise ValueError(f"cu_seqlens must rise from 0 to T={num_tokens}, not {bounds[:8]}...")
+    rises = all(start < stop for start, stop in itertools.pairwise(bounds))
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != num_tokens or not rises:
+        raise ValueError(
+            f"cu_seqlens must rise strictly from 0 to T={num_tokens}, not {bounds[:8]}"
+        )
     return IMPLEMENTATIONS[implementation](student, teacher, bounds, num_relation_heads)
 
 

@@ -55,13 +55,15 @@ class _ChunkedRelationKL(torch.autograd.Function):
                 gradient[start:stop] = segment_gradient.transpose(0, 1).flatten(1)
         count = num_heads * student.shape[0]
         if gradient is not None:
-            ctx.save_for_backward((gradient / count).to(student.dtype))
+            ctx.save_for_backward(gradient / count)
+            ctx.student_dtype = student.dtype
         return (total / count).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> Any:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_output.to(gradient.dtype), None, None, None
+        # Rounded once, after a loss scale has lifted what fp16 would round to nothing.
+        return (gradient * grad_output).to(ctx.student_dtype), None, None, None
 
 
 def _split(vectors_ND: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -84,7 +84,7 @@ def test_what_is_no_recipe_is_refused_in_one_line(arguments: list[str], named: s
         ("perp: {seq_len: 3}", "unknown key 'perp"),
         ("prep: {heldout_rows: two}", "prep.heldout_rows: expected int. Got value: two"),
         ("prep: {input: [a", "parsing"),
-        ("- 1", "- 1"),
+        ("- 1", "holds no recipe but list"),
     ],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(

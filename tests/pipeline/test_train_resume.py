@@ -146,6 +146,6 @@ def test_a_changed_recipe_is_refused_by_name(tiny: list[str], tmp_path: Path) ->
     assert "--allow_change" in refused.errors[0]
     free = run([*tiny, "--train.max_steps=2", "--train.log_every=7"])
     assert free.status == 0, free.output
-    allowed = run([*tiny, "--train.max_steps=3", "--allow_change=[train.max_steps]"])
+    allowed = run([*tiny, "--train.max_steps=3", "--allow_change=train.max_steps"])
     assert allowed.status == 0, allowed.output
     assert [line["step"] for line in training(tmp_path / "run")] == [1, 2, 3]

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -331,8 +332,7 @@ def test_a_change_is_refused_by_name_unless_it_is_allowed(
         check_identity(saved, now, [])
     message = str(caught.value)
     assert f"{key} (was {saved.get(key)!r}, is {now.get(key)!r})" in message
-    assert "--allow_change" in message
-    assert json.dumps(key) in message
+    assert f"--allow_change {key!r}" in message
 
     changed = [name for name in {*saved, *now} if saved.get(name) != now.get(name)]
     check_identity(saved, now, changed)
@@ -353,15 +353,15 @@ def test_all_changed_keys_are_named_and_only_these(identity_of) -> None:
     assert "train.weight_decay" in message
     assert "seed" not in message
     assert "learning_rate" not in message
-    assert '--allow_change \'["train.max_steps", "train.weight_decay"]\'' in message
+    assert "--allow_change 'train.max_steps' --allow_change 'train.weight_decay'" in message
 
 
 def test_the_remedy_that_is_named_works(identity_of) -> None:
     saved, now = identity_of(), identity_of(seed=2, train={"max_steps": 11})
     with pytest.raises(ConfigError) as caught:
         check_identity(saved, now, [])
-    allowed = str(caught.value).partition("--allow_change '")[2].rstrip("'")
-    check_identity(saved, now, json.loads(allowed))
+    allowed = re.findall(r"--allow_change '([^']+)'", str(caught.value))
+    check_identity(saved, now, allowed)
 
 
 FREE_CHANGES: dict[str, Any] = {

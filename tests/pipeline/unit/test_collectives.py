@@ -121,8 +121,8 @@ def elsewhere(status: int) -> tuple[type, str, int]:
     [
         ("both fail", [(RunError, "both", None), elsewhere(EXIT_FAILED)]),
         ("rank 0 fails", [(RunError, "only 0", None), elsewhere(EXIT_FAILED)]),
-        ("rank 1 fails", [elsewhere(EXIT_FAILED), (RunError, "only 1", None)]),
-        ("rank 1 has a bad recipe", [elsewhere(EXIT_BAD_CONFIG), (ConfigError, "bad", None)]),
+        ("rank 1 fails", [(RunError, "only 1", None), elsewhere(EXIT_FAILED)]),
+        ("rank 1 has a bad recipe", [(ConfigError, "bad", None), elsewhere(EXIT_BAD_CONFIG)]),
         ("rank 1 has a bug", [elsewhere(EXIT_FAILED), (ZeroDivisionError, "bug", None)]),
         ("rank 0's work fails", [(ConfigError, "bad", None), elsewhere(EXIT_BAD_CONFIG)]),
     ],

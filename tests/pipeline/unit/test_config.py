@@ -244,7 +244,6 @@ def test_any_key_is_overridden_by_its_dotted_name(write_recipe: Callable[[Any], 
     [
         (["--allow_change", "train.max_steps"], ["train.max_steps"]),
         (["--allow_change=train.max_steps"], ["train.max_steps"]),
-        (["--allow_change", '["train.max_steps", "seed"]'], ["train.max_steps", "seed"]),
         (["--allow_change", "seed", "--allow_change", "train"], ["seed", "train"]),
     ],
     ids=str,
