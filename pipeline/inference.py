@@ -29,6 +29,7 @@ def compare_inference(recipe: Recipe, student: Path, seq_len: int) -> dict[str, 
         their `speedup`, and the `conditions` in words.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(1)  # comparable where something else keeps a core busy
     models = {
         "teacher": load_whole(recipe.teacher.model, device),
         "student": load_whole(str(student), device),
@@ -55,10 +56,10 @@ def compare_inference(recipe: Recipe, student: Path, seq_len: int) -> dict[str, 
             "milliseconds": 1e3 * seconds,
             "tokens_per_second": BATCH * seq_len / seconds,
         }
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "one CPU thread"
     speedup = figures["teacher"]["milliseconds"] / figures["student"]["milliseconds"]
     conditions = (
         f"median of {REPEATS} forward passes each, interleaved, {BATCH} x {seq_len} tokens, fp32, "
-        f"{where}, {torch.get_num_threads()} threads"
+        f"{where}"
     )
     return {**figures, "speedup": speedup, "conditions": conditions}
