@@ -7,8 +7,10 @@ import difflib
 import itertools
 import os
 import re
+import socket
 import sys
 import traceback
+import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -82,6 +84,26 @@ def run_command(
 def one_line(error: object) -> str:
     """The message with its line breaks folded, so that it stays one line of a log."""
     return re.sub(r"\s*\n\s*", " ", str(error)).strip()
+
+
+def skip_unreachable_hub(*sources: str | None) -> None:
+    """Where a source is no folder and the hub's name does not resolve, use cached files only.
+
+    Call it before transformers is imported: the hub's client would retry for half a minute before
+    it says that a misspelt folder is no model.
+
+    Args:
+        sources: hub ids or folders that are about to be loaded; None is none.
+    """
+    wants_hub = any(source and not os.path.isdir(source) for source in sources)
+    has_proxy = any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ)
+    if not wants_hub or has_proxy or "HF_HUB_OFFLINE" in os.environ:
+        return
+    host = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def parse_recipe(

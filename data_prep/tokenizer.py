@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.command import ConfigError, one_line
+from data_prep.command import ConfigError, one_line, skip_unreachable_hub
 from data_prep.shards import id_dtype, tokenizer_fingerprint
 
 
@@ -24,6 +24,7 @@ class Tokenizer:
     """
 
     def __init__(self, source: str) -> None:
+        skip_unreachable_hub(source)
         from transformers import AutoTokenizer
         from transformers.utils import logging
 

@@ -20,7 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from data_prep.command import EXIT_FINISHED, EXIT_STOPPED, RunError, run_command
+from data_prep.command import (
+    EXIT_FINISHED,
+    EXIT_STOPPED,
+    RunError,
+    run_command,
+    skip_unreachable_hub,
+)
 from pipeline.collectives import agree, all_max, disconnect, on_rank_0
 from pipeline.config import load_recipe
 from pipeline.loader import Batch
@@ -37,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train the recipe that the command line names, to its end or until asked to stop."""
     stop = StopRequest()  # first of all: a signal during start-up is a request too
     recipe, options = load_recipe(argv)
+    skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
     from pipeline.run import assemble  # loads transformers: a typo is refused before
 
     run = assemble(recipe, stop, deepspeed=options.deepspeed, allow_change=options.allow_change)

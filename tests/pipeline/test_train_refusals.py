@@ -34,6 +34,7 @@ def refused(
     [
         ("--train.max_step=5", ["train.max_step", "train.max_steps"]),
         ("--teacher.model=/no/such/folder", ["teacher.model", "/no/such/folder"]),
+        ("--teacher.model=models/no-such", ["teacher.model", "models/no-such"]),
         ("--objective.num_relation_heads=7", ["objective.num_relation_heads=7", "1, 2, 3, 4"]),
         ("--train.batch_size=9", ["train.batch_size=9", "train.micro_batch_size"]),
         ("--teacher.layer=5", ["teacher.layer=5", "layers 1 to 4"]),

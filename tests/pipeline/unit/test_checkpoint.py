@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,7 +30,6 @@ from pipeline.checkpoint import (
 from pipeline.config import Recipe, flatten
 from pipeline.topology import Topology
 
-SYSTEM_CALLS = [(os, "fsync"), (os, "replace"), (shutil, "rmtree"), (Path, "unlink")]
 POLICY = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
 
 
@@ -163,11 +163,10 @@ def test_older_damage_is_of_no_interest(checkpoints, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == ""
 
 
-def test_a_copied_checkpoint_is_still_whole(checkpoints, tmp_path: Path) -> None:
+def test_checkpoints_may_be_moved(checkpoints, tmp_path: Path) -> None:
     made = checkpoints(1)
-    copy = tmp_path / "elsewhere" / tag_of(1)
-    shutil.copytree(made.folder / tag_of(1), copy)
-    assert newest_state(copy.parent) == state_at(1)
+    made.folder.rename(tmp_path / "elsewhere")
+    assert newest_state(tmp_path / "elsewhere") == state_at(1)
 
 
 # Retention
@@ -228,39 +227,48 @@ def test_a_save_that_fails_leaves_the_one_before_in_place(checkpoints, tmp_path:
     assert newest_state(made.folder) == state_at(1)
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(
-    checkpoints, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every way out of `save` between two calls to the file system."""
+class KilledError(BaseException):
+    pass
 
-    class KilledError(BaseException):
-        pass
 
-    made = checkpoints(1, keep=1)
-    for patience in range(100):
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Calls a function until its n-th change of the file system; returns whether it got there."""
+
+    def run(limit: int, function: Callable[[], object]) -> bool:
         calls = 0
 
-        def count(plain: Callable[..., Any], limit: int = patience) -> Callable[..., Any]:
-            def counted(*arguments: Any, **options: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls > limit:
-                    raise KilledError
-                return plain(*arguments, **options)
-
-            return counted
+        def counted(plain: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == limit:
+                raise KilledError
+            return plain(*arguments, **options)
 
         with monkeypatch.context() as patch:
-            for owner, name in SYSTEM_CALLS:
-                patch.setattr(owner, name, count(getattr(owner, name)))
+            for name in ("fsync", "replace", "unlink", "rmdir", "mkdir"):
+                patch.setattr(os, name, functools.partial(counted, getattr(os, name)))
             try:
-                made.save(FakeEngine(), state_at(2))
+                function()
             except KilledError:
-                pass
-            else:
-                break
+                return True
+        return False
+
+    return run
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(checkpoints, killed_at) -> None:
+    made = checkpoints(keep=1)
+    for limit in range(1, 100):
+        shutil.rmtree(made.folder, ignore_errors=True)
+        checkpoints(1)
+        is_killed = killed_at(limit, lambda: made.save(FakeEngine(), state_at(2)))
+        for marker in made.folder.glob(f"step-*/{MARKER}"):
+            read_state(marker.parent)  # nothing half has a marker
         assert newest_state(made.folder) in (state_at(1), state_at(2))
-    assert 5 < patience < 99
+        if not is_killed:
+            break
+    assert 10 < limit < 99
     assert newest_state(made.folder) == state_at(2)
 
 

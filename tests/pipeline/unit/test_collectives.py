@@ -150,11 +150,3 @@ def test_alone_everything_is_its_own_answer() -> None:
     assert count_calls() == (1, 42)
     with pytest.raises(ConfigError, match="bad"):
         on_rank_0(fail(ConfigError("bad"), 0))
-
-
-def test_an_interrupt_is_not_turned_into_a_failure() -> None:
-    def interrupted() -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        agree(interrupted)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,9 +294,10 @@ def test_every_key_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
         load_recipe(["--help"])
     text = capsys.readouterr().out
     recipe, _ = load_recipe([])
-    for key in flatten(recipe):
-        if not key.startswith("objective.relations."):
-            assert f"--{key} " in text, key
+    for key in {name for name in flatten(recipe) if not name.startswith("objective.relations.")}:
+        entry = re.search(rf"\n  --{re.escape(key)} .*?\((required|type)", text, re.DOTALL)
+        assert entry, key
+        assert re.search(r"\s[a-z]+", entry[0]), key  # words of ours, before the parser's
 
 
 # Rules that need the number of ranks, or the models

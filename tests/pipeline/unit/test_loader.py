@@ -154,6 +154,7 @@ def test_heldout_is_all_of_a_language_and_nothing_that_is_trained_on(
     batches = make_loader(folder, micro=2).heldout(language)
     assert [len(batch.row_ids) for batch in batches] == [2, 1]
     assert [row for batch in batches for row in batch.row_ids] == [0, 1, 2]
+    assert [batch.first_position for batch in batches] == [0, 2]
     for batch in batches:
         assert_is_rows(batch, [heldout_rows[row] for row in batch.row_ids])
     trained_on = {tuple(segment) for row in train_rows for segment in row.segments}
@@ -170,15 +171,16 @@ def test_every_rank_evaluates_the_same_heldout_rows(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["shards"])
-def test_a_damaged_block_is_refused_not_trained_on(folder: Path, tmp_path: Path) -> None:
+def test_an_id_that_changed_on_disk_is_refused_not_trained_on(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "shards")
+    reader = ShardReader(str(copy))
+    (first, *_), ids = reader.blocks(), reader.read_block(0)[0]
     tar = copy / "train-000000.tar"
     data = bytearray(tar.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[data.index(ids.tobytes(), first.offset) + 3 * ids.itemsize] ^= 1
     tar.write_bytes(data)
-    loader = make_loader(copy)
     with pytest.raises(RunError, match=r"train-000000\.tar.*damaged"):
-        [loader.micro_batches(step) for step in range(40)]
+        [make_loader(copy).micro_batches(step) for step in range(40)]
 
 
 def fake_reader(rows_of_blocks: list[int]) -> SimpleNamespace:

@@ -18,6 +18,7 @@ from pipeline.loader import Batch
 from pipeline.models import (
     FAMILIES,
     CutEncoder,
+    TeacherModel,
     build_student,
     load_teacher,
     load_tokenizer,
@@ -131,6 +132,13 @@ def test_the_teacher_gives_the_same_every_time_and_records_nothing(
         assert one.is_inference()
         assert not one.requires_grad
     assert not isinstance(teacher, torch.nn.Module)
+
+
+def test_the_teacher_is_put_in_evaluation_and_frozen(tiny_models: dict[str, Path]) -> None:
+    model = AutoModel.from_pretrained(tiny_models["bert"], attn_implementation=PACKED).train()
+    teacher, batch = TeacherModel(CutEncoder(model)), pack(random_segments())
+    assert torch.equal(teacher(batch).q, teacher(batch).q)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
