@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.shards import Manifest
 
-BLOCKS = ("webdataset", "numpy", "data_prep.shards")
+BLOCKS = ("webdataset", "datasets", "numpy", "data_prep.shards")
 
 
 @pytest.fixture(scope="module")
