@@ -163,11 +163,24 @@ def _config_paths(arguments: Sequence[str]) -> list[str]:
     return named + [b for a, b in itertools.pairwise(arguments) if a == "--config"]
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice, of which the last would silently win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As the base class does, after looking for repeated keys."""
+        names = [key.value for key, _ in node.value]
+        if twice := sorted({name for name in names if names.count(name) > 1}, key=str):
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {twice[0]!r} stands there twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 def _check_readable(path: str) -> None:
     """Name the file where it holds no mapping: the parser's own messages do not."""
     try:
         with open(path, encoding="utf-8") as stream:
-            content = yaml.safe_load(stream)
+            content = yaml.load(stream, Loader=_StrictLoader)
     except OSError as error:
         raise ConfigError(
             f"--config {path} cannot be read ({error.strerror}); name a recipe such as "
@@ -199,6 +212,8 @@ def _explain(parser: ArgumentParser, message: str) -> str:
     known = [
         action.dest for action in parser._actions if action.dest not in ("help", "print_config")
     ]
+    sections = {key.rpartition(".")[0] for key in known}
+    known = [key for key in known if key not in sections]
     section = unknown.rpartition(".")[0]
     near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
     siblings = [key for key in known if key.rpartition(".")[0] == section]

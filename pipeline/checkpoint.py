@@ -32,6 +32,13 @@ FREE_KEYS = frozenset(
     "train.log_every train.eval_every".split()
 )
 
+# Sections of the ds_config that repeat what the recipe decides, or only watch.
+FREE_DS_SECTIONS = frozenset(
+    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
+    "gradient_clipping optimizer steps_per_print wall_clock_breakdown comms_logger "
+    "flops_profiler memory_breakdown dump_state".split()
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class State:
@@ -58,7 +65,8 @@ def tag_of(step: int) -> str:
 def identity(recipe: Any, ds_policy: Mapping[str, Any], shards_digest: str) -> dict[str, Any]:
     """What a run is, as dotted keys: two runs of equal identity learn the same."""
     keys = {k: v for k, v in flatten(recipe).items() if not k.startswith("prep.")}
-    keys |= {f"deepspeed.{k}": v for k, v in flatten(dict(ds_policy)).items()}
+    policy = {k: v for k, v in ds_policy.items() if k not in FREE_DS_SECTIONS}
+    keys |= {f"deepspeed.{k}": v for k, v in flatten(policy).items()}
     keys["data.shards (content)"] = shards_digest
     plain: dict[str, Any] = json.loads(
         json.dumps({k: keys[k] for k in sorted(keys.keys() - FREE_KEYS)})
@@ -144,7 +152,7 @@ def newest_state(folder: Path) -> State | None:
         try:
             return read_state(path)
         except RunError as error:
-            print(f"warning: {error}; the one before it is used", file=sys.stderr)
+            print(f"warning: {error}; it is passed over", file=sys.stderr)
     return None
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import re
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -14,6 +16,7 @@ from data_prep.command import (
     ConfigError,
     ElsewhereError,
     RunError,
+    one_line,
 )
 
 T = TypeVar("T")
@@ -78,6 +81,28 @@ def on_rank_0(work: Callable[[], T]) -> T:
         As `agree` does.
     """
     return agree(lambda: work() if _rank() == 0 else None)[0]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(rank: int) -> Iterator[None]:
+    """Turn a broken connection between ranks into one line.
+
+    Raises:
+        RunError: another rank is gone, or the ranks could not meet.
+    """
+    try:
+        yield
+    except (ConfigError, RunError, ElsewhereError):
+        raise
+    except RuntimeError as error:
+        reason = one_line(error)
+        if not isinstance(error, dist.DistError) and not re.search("gloo|NCCL", reason):
+            raise
+        raise RunError(
+            f"rank {rank} lost its connection to the other ranks ({reason}); if one of them ended, "
+            "its own message says why, and the same command goes on from the last checkpoint; if "
+            "the port is taken by another job, use deepspeed --master_port N"
+        ) from error
 
 
 def disconnect() -> None:

@@ -122,7 +122,7 @@ def _check_precision_and_stage(config: dict[str, Any]) -> None:
             "remove it"
         )
     stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (1, 2, 3):
+    if isinstance(stage, bool) or stage not in (1, 2, 3):
         raise ConfigError(
             f"ds_config zero_optimization.stage={stage} is not 1, 2 or 3 (stage 0 with bf16 takes "
             "wrong first Adam steps in DeepSpeed 0.19.8); use 1, which does the same arithmetic"

@@ -27,7 +27,7 @@ from data_prep.command import (
     run_command,
     skip_unreachable_hub,
 )
-from pipeline.collectives import agree, all_max, disconnect, on_rank_0
+from pipeline.collectives import agree, all_max, disconnect, naming_lost_ranks, on_rank_0
 from pipeline.config import load_recipe
 from pipeline.loader import Batch
 from pipeline.objectives import minilmv2, total
@@ -46,9 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
     from pipeline.run import assemble  # loads transformers: a typo is refused before
 
-    run = assemble(recipe, stop, deepspeed=options.deepspeed, allow_change=options.allow_change)
-    status = EXIT_FINISHED if run is None else train(run)
-    disconnect()
+    with naming_lost_ranks(launched_rank()):
+        run = assemble(recipe, stop, deepspeed=options.deepspeed, allow_change=options.allow_change)
+        status = EXIT_FINISHED if run is None else train(run)
+        disconnect()
     return status
 
 

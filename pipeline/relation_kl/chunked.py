@@ -55,7 +55,7 @@ class _ChunkedRelationKL(torch.autograd.Function):
                 gradient[start:stop] = segment_gradient.transpose(0, 1).flatten(1)
         count = num_heads * student.shape[0]
         if gradient is not None:
-            ctx.save_for_backward(gradient / count)
+            ctx.save_for_backward(gradient.div_(count))
             ctx.student_dtype = student.dtype
         return (total / count).to(dtype)
 

@@ -120,6 +120,18 @@ def test_a_request_to_stop_saves_and_exits_85(who: str, tiny: list[str], tmp_pat
 
 
 @pytest.mark.slow
+def test_a_lost_rank_ends_the_others_with_one_line(tiny: list[str], tmp_path: Path) -> None:
+    with start([*tiny, "--train.max_steps=4000", "--train.eval_every=0"], ranks=2) as running:
+        wait_for(has_step(tmp_path / "run", 3))
+        running.ranks()[1].kill()
+        outcome = running.wait(timeout_s=60)
+    assert outcome.status not in (0, 85), outcome.output
+    assert len(outcome.errors) == 1, outcome.output
+    assert "rank 0 lost its connection" in outcome.errors[0]
+    assert "Traceback" not in outcome.output
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(tiny: list[str], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert run(tiny).status == 0

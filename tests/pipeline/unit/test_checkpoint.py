@@ -399,3 +399,9 @@ def test_a_key_that_came_or_went_is_a_change() -> None:
         check_identity({"a": 1}, {"a": 1, "b": 2}, [])
     with pytest.raises(ConfigError, match=r"b \(was 2, is None\)"):
         check_identity({"a": 1, "b": 2}, {"a": 1}, [])
+
+
+def test_what_only_watches_or_repeats_the_recipe_may_change_in_the_ds_config(identity_of) -> None:
+    policy = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    watching = {"wall_clock_breakdown": True, "train_batch_size": 8, "optimizer": {"type": "AdamW"}}
+    assert identity_of(policy=policy) == identity_of(policy={**policy, **watching})

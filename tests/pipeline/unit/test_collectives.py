@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from data_prep.command import EXIT_BAD_CONFIG, EXIT_FAILED, ConfigError, ElsewhereError, RunError
-from pipeline.collectives import agree, all_max, all_sum, gather, on_rank_0
+from pipeline.collectives import agree, all_max, all_sum, gather, naming_lost_ranks, on_rank_0
 
 
 def fail(error: Exception, *ranks: int) -> Callable[[], str]:
@@ -150,3 +150,12 @@ def test_alone_everything_is_its_own_answer() -> None:
     assert count_calls() == (1, 42)
     with pytest.raises(ConfigError, match="bad"):
         on_rank_0(fail(ConfigError("bad"), 0))
+
+
+def test_a_lost_connection_is_told_from_a_bug() -> None:
+    with pytest.raises(RunError, match=r"rank 3 lost its connection.*closed by peer.*checkpoint"):
+        with naming_lost_ranks(3):
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:537]\nConnection closed by peer")
+    for plain in (RuntimeError("shapes differ"), RunError("damaged"), ElsewhereError(1)):
+        with pytest.raises(type(plain), match=str(plain)), naming_lost_ranks(0):
+            raise plain

@@ -406,3 +406,10 @@ def test_a_ds_config_that_is_no_text_is_refused_by_its_name(tmp_path: Path) -> N
         read_ds_config(str(path))
     with pytest.raises(ConfigError, match=rf"--deepspeed {tmp_path}"):
         read_ds_config(str(tmp_path))
+
+
+def test_a_key_written_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text("output_dir: a\nseed: 1\nteacher: {model: x}\nseed: 2\n")
+    with pytest.raises(ConfigError, match=r"twice\.yaml.*'seed' stands there twice"):
+        load_recipe(["--config", str(path)])

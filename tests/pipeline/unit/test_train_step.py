@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -127,6 +128,22 @@ def test_the_gradient_is_of_the_mean_over_the_steps_tokens(make_run) -> None:
     assert run.engine.table.grad is not None
     torch.testing.assert_close(run.engine.table.grad, expected, rtol=1e-5, atol=1e-7)
     assert run.advanced == [25]
+
+
+def test_a_rank_weighs_its_tokens_among_all_ranks(make_run, monkeypatch) -> None:
+    """The other of two ranks has 15 tokens; DeepSpeed then averages the two gradients."""
+    run = make_run()
+    (mean_of_mine,) = torch.autograd.grad(
+        total(whole_batch_losses(run), run.recipe.objective), run.engine.table
+    )
+    run.topology = dataclasses.replace(run.topology, world_size=2)
+    monkeypatch.setattr("pipeline.train.agree", lambda work: [work(), 15])
+    train_step(run)
+    assert run.engine.table.grad is not None
+    torch.testing.assert_close(
+        run.engine.table.grad / 2, mean_of_mine * 25 / 40, rtol=1e-5, atol=1e-7
+    )
+    assert run.advanced == [40]
 
 
 def test_the_logged_sums_are_the_losses_times_tokens(make_run) -> None:
