@@ -51,6 +51,9 @@ FAMILIES = {
 }
 
 
+SHAPE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
+
+
 class CutEncoder(nn.Module):
     """An encoder up to the queries, keys and values of its last layer, over packed segments.
 
@@ -171,12 +174,21 @@ def student_config(student: Student, teacher_config: Any) -> Any:
         config = read_config("student.model", student.model)
     else:
         config = copy.deepcopy(teacher_config)
-        for key in ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"):
+        for key in SHAPE_KEYS:
             setattr(config, key, getattr(student, key))
     config.hidden_dropout_prob = student.hidden_dropout_prob
     config.attention_probs_dropout_prob = student.attention_probs_dropout_prob
     config.dtype = torch.float32
     return config
+
+
+def unused_shape_keys(student: Student, config: Any) -> list[str]:
+    """What the recipe says of a shape that student.model brings otherwise, in words."""
+    return [
+        f"student.{key}={getattr(student, key)} (it has {getattr(config, key)})"
+        for key in SHAPE_KEYS
+        if student.model and getattr(student, key) != getattr(config, key)
+    ]
 
 
 def build_student(student: Student, config: Any, seed: int) -> Any:

@@ -40,6 +40,7 @@ from pipeline.models import (
     longest_segment,
     read_config,
     student_config,
+    unused_shape_keys,
 )
 from pipeline.objectives import active_relations
 from pipeline.provenance import provenance
@@ -175,6 +176,9 @@ def assemble(
         teacher_hidden=teacher_config.hidden_size,
         student_hidden=config.hidden_size,
     )
+    unused = unused_shape_keys(recipe.student, config)
+    if unused and topology.rank == 0:
+        print(f"note: student.model brings its own shape, unused are {', '.join(unused)}")
     output_dir = Path(recipe.output_dir)
     if topology.rank == 0:
         _claim(output_dir)  # before the ranks connect: a dying run still holds the port

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoConfig, AutoModel, DistilBertConfig, GPT2Config
 
 from data_prep.command import ConfigError
 from pipeline.attention import PACKED
-from pipeline.config import Recipe
+from pipeline.config import Recipe, Student
 from pipeline.loader import Batch
 from pipeline.models import (
     FAMILIES,
@@ -26,6 +27,7 @@ from pipeline.models import (
     parameter_shapes,
     read_config,
     student_config,
+    unused_shape_keys,
 )
 from pipeline.objectives import QKV
 
@@ -362,3 +364,12 @@ def test_a_tokenizer_that_does_not_load_is_refused(
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(ConfigError, match=rf"the tokenizer '{tmp_path}' does not load"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_students_own_shape_is_told_where_the_recipe_says_another() -> None:
+    config = SimpleNamespace(
+        num_hidden_layers=3, hidden_size=384, num_attention_heads=12, intermediate_size=1536
+    )
+    assert unused_shape_keys(Student(num_hidden_layers=6), config) == []
+    (told,) = unused_shape_keys(Student(model="folder"), config)
+    assert told == "student.num_hidden_layers=6 (it has 3)"
