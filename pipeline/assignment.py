@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 
@@ -50,20 +51,36 @@ class DataOrder:
         epoch, index = divmod(position, self.num_rows)
         num_blocks = -(-self.num_rows // self.rows_per_block)
         short_rows = self.num_rows - (num_blocks - 1) * self.rows_per_block
-        shuffle = Permutation(num_blocks, key=f"{self.seed}/{epoch}")
-        before_short = shuffle.inverse(num_blocks - 1) * self.rows_per_block
+        permuted = functools.partial(_permuted, num_blocks, f"{self.seed}/{epoch}")
+        before_short = permuted(num_blocks - 1, inverse=True) * self.rows_per_block
         if before_short <= index < before_short + short_rows:
             return num_blocks - 1, index - before_short
         if index >= before_short:
             index += self.rows_per_block - short_rows
         place, row = divmod(index, self.rows_per_block)
-        return shuffle(place), row
+        return permuted(place), row
+
+    def runs(self, positions: range) -> Iterator[tuple[int, range]]:
+        """The blocks at positions of the stream, and the rows of each: neighbours lie together."""
+        position = positions.start
+        while position < positions.stop:
+            block, row = self.locate(position)
+            rows = min(self.rows_per_block, self.num_rows - block * self.rows_per_block)
+            run = range(row, min(rows, row + positions.stop - position))
+            yield block, run
+            position += len(run)
 
     def row_ids(self, positions: range) -> Iterator[int]:
         """The rows' numbers in the order of the shards, by which a row is known."""
-        for position in positions:
-            block, row = self.locate(position)
-            yield block * self.rows_per_block + row
+        for block, rows in self.runs(positions):
+            first = block * self.rows_per_block
+            yield from range(first + rows.start, first + rows.stop)
+
+
+@functools.lru_cache(maxsize=64)  # micro-batches of a step share their blocks and epoch
+def _permuted(n: int, key: str, value: int, *, inverse: bool = False) -> int:
+    permutation = Permutation(n, key=key)
+    return permutation.inverse(value) if inverse else permutation(value)
 
 
 class Permutation:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+import ctypes
+import functools
 from typing import Any
 
 import torch
+from torch.nested import nested_tensor_from_jagged
 from torch.nn.functional import scaled_dot_product_attention
+
+from pipeline.native import address, load
 
 PACKED = "packed_segments"
 
@@ -19,12 +22,15 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    bounds: Sequence[int],
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
     scaling: float | None = None,
     dropout: float = 0.0,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Every token attends to its own segment only, exactly as if segments came one at a time.
+
+    Scores, softmax and sums are in fp32 where the vectors are bf16.
 
     Args:
         module: the attention layer; unused.
@@ -32,7 +38,8 @@ def packed_attention(
         key: [1, heads, T, d].
         value: [1, heads, T, d].
         attention_mask: None; segments are the mask.
-        bounds: segment boundaries on the host, from 0 to T.
+        cu_seqlens: [segments + 1] int32 segment boundaries from 0 to T.
+        max_seqlen: tokens of the longest segment, or more.
         scaling: of the scores; None is 1/sqrt(d).
         dropout: of the attention weights.
         unused: whatever else transformers passes on.
@@ -40,14 +47,155 @@ def packed_attention(
     Returns:
         [1, T, heads, d], and no weights.
     """
-    lengths = [stop - start for start, stop in itertools.pairwise(bounds)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.is_cuda:
+        attend = jagged_attention
+    elif query.dtype == torch.bfloat16 and query.shape[-1] % 16 == 0 and _library() is not None:
+        attend = attention_in_c
+    else:
+        attend = attention_by_segment
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    return attend(q, k, v, cu_seqlens, max_seqlen, scale, dropout)[None], None
+
+
+def jagged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """On a GPU: FlashAttention's kernel for segments of any length, through jagged tensors.
+
+    `max_seqlen` is given so that the host need not wait to learn it. Vectors are [T, heads, d].
+    """
+    q, k, v = (
+        nested_tensor_from_jagged(x, cu_seqlens, min_seqlen=0, max_seqlen=max_seqlen)
+        for x in (query, key, value)
+    )
+    out = scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p=dropout, scale=scale
+    )
+    return out.transpose(1, 2).values()
+
+
+def attention_by_segment(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """On a CPU in any precision: torch's kernel on one segment after the other."""
+    lengths = cu_seqlens.diff().tolist()
+    segments = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (query, key, value)), strict=True)
     parts = [
-        scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
-        for q, k, v in zip(
-            query.split(lengths, dim=2),
-            key.split(lengths, dim=2),
-            value.split(lengths, dim=2),
-            strict=True,
-        )
+        scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+        for q, k, v in segments
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2), None
+    return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+def attention_in_c(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+) -> torch.Tensor:
+    """On a CPU with AVX512-BF16: pipeline/native/attention.c. bf16, d a multiple of 16."""
+    seed = int(torch.randint(-(2**63), 2**63 - 1, ())) if dropout else 0
+    rows = (_side_by_side(x) for x in (query, key, value))
+    out: torch.Tensor = _AttentionInC.apply(  # type: ignore[no-untyped-call]
+        *rows, cu_seqlens.int(), max_seqlen, scale, dropout, seed
+    )
+    return out
+
+
+class _AttentionInC(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        scale: float,
+        dropout: float,
+        seed: int,
+    ) -> torch.Tensor:
+        library = _library()
+        assert library is not None
+        num_tokens, heads, d = query.shape
+        out = torch.empty(num_tokens, heads, d, dtype=query.dtype)
+        trains = any(ctx.needs_input_grad[:3])
+        lse = torch.empty(num_tokens, heads) if trains else None
+        segments = cu_seqlens.numel() - 1
+        ctx.arguments = (segments, heads, d, max_seqlen, scale, dropout, seed)
+        _check(
+            library.attention_forward(
+                *map(address, (query, key, value)),
+                query.stride(0),
+                address(cu_seqlens),
+                *ctx.arguments,
+                address(out),
+                address(lse),
+                torch.get_num_threads(),
+            ),
+            max_seqlen,
+        )
+        if trains:
+            ctx.save_for_backward(query, key, value, cu_seqlens, out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: torch.Tensor) -> Any:  # type: ignore[override]
+        library = _library()
+        assert library is not None
+        query, key, value, cu_seqlens, out, lse = ctx.saved_tensors
+        grad_out = grad_out.contiguous()  # kept by name: C sees an address only
+        gradients = [torch.empty(x.shape, dtype=x.dtype) for x in (query, key, value)]
+        _check(
+            library.attention_backward(
+                *map(address, (query, key, value)),
+                query.stride(0),
+                address(cu_seqlens),
+                *ctx.arguments,
+                *map(address, (out, lse, grad_out, *gradients)),
+                torch.get_num_threads(),
+            ),
+            ctx.arguments[3],
+        )
+        return (*gradients, *(None,) * 5)
+
+
+def _check(failed: int, max_seqlen: int) -> None:
+    if failed:
+        raise MemoryError(f"no memory for attention over segments of {max_seqlen} tokens")
+
+
+def _side_by_side(x: torch.Tensor) -> torch.Tensor:
+    """[T, heads, d] whose heads lie side by side; copied only where they do not."""
+    _, heads, d = x.shape
+    return x if x.stride() == (heads * d, d, 1) else x.contiguous()
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled kernels, or None where they cannot be compiled or the CPU has no AVX512-BF16."""
+    library = load("attention")
+    if library is None or not ctypes.c_int.in_dll(library, "supported").value:
+        return None
+    pointer, integer, double = ctypes.c_void_p, ctypes.c_int, ctypes.c_double
+    common: list[Any] = [pointer] * 3 + [ctypes.c_int64, pointer] + [integer] * 4
+    common += [ctypes.c_float, double, ctypes.c_uint64]
+    library.attention_forward.argtypes = [*common, *[pointer] * 2, integer]
+    library.attention_backward.argtypes = [*common, *[pointer] * 6, integer]
+    return library

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.command import ConfigError, RunError
+from data_prep.durable import write_durably
 from pipeline.collectives import agree, on_rank_0
 from pipeline.config import flatten
 from pipeline.engine import Engine, convert_to_universal
@@ -207,25 +208,6 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: li
 
 def _names(allowed: str, key: str) -> bool:
     return key == allowed or key.startswith(f"{allowed}.")
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Replace a small file atomically; it is on disk when this returns."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sync_and_describe(path: Path) -> dict[str, Any]:

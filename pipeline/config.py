@@ -67,7 +67,8 @@ class Objective:
         num_relation_heads: heads that queries, keys and values are split into for the relations;
             divides both models' widths. The paper takes 48 for base and 64 for large teachers.
         relations: weight of each relation's loss: qq, kk, vv.
-        relation_kl: implementation: chunked (any device, little memory) or reference (the oracle).
+        relation_kl: implementation: auto (triton on a GPU, else chunked), triton, chunked (any
+            device, little memory) or reference (dense, the oracle).
     """
 
     name: Literal["minilmv2"] = "minilmv2"
@@ -75,7 +76,7 @@ class Objective:
     relations: dict[str, float] = dataclasses.field(
         default_factory=lambda: dict.fromkeys(RELATIONS, 1.0)
     )
-    relation_kl: Literal["chunked", "reference"] = "chunked"
+    relation_kl: Literal["auto", "triton", "chunked", "reference"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -217,7 +217,11 @@ class Engine:
             lr=train.learning_rate,
             betas=train.adam_betas,
             eps=train.adam_eps,
+            fused=True,  # one pass over memory in place of ten
         )
+        words = student.word_embeddings
+        if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+            words.weight.grad_dtype = torch.float32  # not rounded on the way to where it is added
         # Ranks that disagree on a tag would write two halves of two checkpoints.
         checkpoint = {"tag_validation": "Fail", "load_universal": load_universal}
         try:
@@ -232,6 +236,8 @@ class Engine:
             raise ConfigError(
                 f"DeepSpeed refuses the ds_config ({one_line(error)}); correct that key"
             ) from error
+        if self.stage < 3:  # stage 3 clears its sums only where a step's first pass reaches them
+            words.is_last = self._engine.is_gradient_accumulation_boundary
 
     def train(self, mode: bool) -> None:
         """Dropout on or off."""
@@ -239,7 +245,9 @@ class Engine:
 
     def __call__(self, batch: Batch) -> QKV:
         """The student's queries, keys and values, each [T, width]."""
-        qkv: QKV = self._engine(batch.input_ids, batch.positions, batch.cu_seqlens)
+        qkv: QKV = self._engine(
+            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
+        )
         return qkv
 
     def backward(self, loss: torch.Tensor) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import dataclasses
 import functools
-import itertools
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +20,7 @@ from pipeline.assignment import DataOrder
 from pipeline.topology import Topology
 
 CACHED_BLOCKS = 16  # a batch spans few blocks; neighbours in a step are read again in the next
+EXIT_PATIENCE = 5.0  # seconds that an exit leaves to a read that nobody waits for any more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +30,8 @@ class Batch:
     Args:
         input_ids: [1, T] int64.
         positions: [1, T] int64, from 0 in each segment.
-        cu_seqlens: [segments + 1] int32, on the CPU: where segments begin and end.
+        cu_seqlens: [segments + 1] int32: where segments begin and end.
+        max_seqlen: tokens of a row, which no segment exceeds; the same for all batches.
         first_position: place in the stream of rows; names the batch, and seeds its dropout.
         row_ids: the rows' numbers in the shards.
     """
@@ -34,6 +39,7 @@ class Batch:
     input_ids: torch.Tensor
     positions: torch.Tensor
     cu_seqlens: torch.Tensor
+    max_seqlen: int
     first_position: int
     row_ids: tuple[int, ...]
 
@@ -43,14 +49,27 @@ class Batch:
         return self.input_ids.shape[1]
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with ids and positions on `device`."""
+        """The batch on `device`; from pinned memory without waiting."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The batch in memory from which a GPU copies by itself."""
+        return self._mapped(torch.Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         return dataclasses.replace(
-            self, input_ids=self.input_ids.to(device), positions=self.positions.to(device)
+            self,
+            input_ids=function(self.input_ids),
+            positions=function(self.positions),
+            cu_seqlens=function(self.cu_seqlens),
         )
 
 
 class Loader:
-    """The micro-batches of a rank, for any step, in any order of asking."""
+    """The micro-batches of a rank, for any step, in any order of asking.
+
+    While a step is trained on, a thread reads the next one.
+    """
 
     def __init__(
         self, reader: ShardReader, topology: Topology, *, batch_size: int, micro: int, seed: int
@@ -73,6 +92,7 @@ class Loader:
             seed=seed,
         )
         self._block = functools.lru_cache(CACHED_BLOCKS)(self._read_block)
+        self._ahead: _Ahead | None = None
 
     def _read_block(
         self, index: int, language: str | None
@@ -80,57 +100,100 @@ class Loader:
         return self._reader.read_block(index, language=language)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """What this rank reads for a 0-based step."""
-        return [
-            self._batch(self.order.rows(step, m, self._topology.rank, self._topology.world_size))
-            for m in range(self._num_micro_steps)
-        ]
+        """What this rank reads for a 0-based step.
 
-    def _batch(self, positions: range) -> Batch:
-        located = [self.order.locate(position) for position in positions]
-        row_ids = tuple(self.order.row_ids(positions))
-        return self._assemble([(b, r, None) for b, r in located], positions.start, row_ids)
+        Raises:
+            RunError: a shard is damaged where this step reads it.
+        """
+        batches = self._ahead.take(step) if self._ahead is not None else None
+        if batches is None:
+            batches = self._read_step(step)
+        self._ahead = _Ahead(self._read_step, step + 1)
+        return batches
+
+    def _read_step(self, step: int) -> list[Batch]:
+        rank, world_size = self._topology.rank, self._topology.world_size
+        batches = []
+        for micro_step in range(self._num_micro_steps):
+            positions = self.order.rows(step, micro_step, rank, world_size)
+            row_ids = tuple(self.order.row_ids(positions))
+            batch = self._assemble(self.order.runs(positions), None, positions.start, row_ids)
+            batches.append(batch.pinned() if torch.cuda.is_available() else batch)
+        return batches
 
     def heldout(self, language: str) -> list[Batch]:
         """A language's held-out rows as batches of micro_batch_size, the last one shorter."""
-        places = [
-            (index, row, language)
+        rows = [
+            (index, range(row, row + 1))
             for index, block in enumerate(self._reader.blocks(language))
             for row in range(block.rows)
         ]
         size = self.order.micro_batch_size
         return [
-            self._assemble(places[i : i + size], i, tuple(range(i, min(i + size, len(places)))))
-            for i in range(0, len(places), size)
+            self._assemble(rows[i : i + size], language, i, tuple(range(len(rows))[i : i + size]))
+            for i in range(0, len(rows), size)
         ]
 
     def _assemble(
         self,
-        places: Sequence[tuple[int, int, str | None]],
+        runs: Iterable[tuple[int, range]],
+        language: str | None,
         first_position: int,
         row_ids: tuple[int, ...],
     ) -> Batch:
-        ids: list[npt.NDArray[np.int64]] = []
-        for block_index, row, language in places:
-            block, cu_seqlens = self._block(block_index, language)
-            seq_len = block.shape[1]
-            bounds = cu_seqlens[
-                np.searchsorted(cu_seqlens, row * seq_len) : np.searchsorted(
-                    cu_seqlens, (row + 1) * seq_len, side="right"
-                )
-            ]
-            flat = block.reshape(-1)
-            ids += [
-                flat[start:stop].astype(np.int64)
-                for start, stop in itertools.pairwise(bounds)
-                if flat[start] != self._pad_id
-            ]
-        lengths = np.array([len(segment) for segment in ids])
-        positions = np.concatenate([np.arange(n) for n in lengths])
+        parts = [self._read_rows(block, rows, language) for block, rows in runs]
+        ids = np.concatenate([part_ids for part_ids, _ in parts])
+        lengths = np.concatenate([part_lengths for _, part_lengths in parts])
+        is_text = ids[np.cumsum(lengths) - lengths] != self._pad_id
+        ids, lengths = ids[np.repeat(is_text, lengths)].astype(np.int64), lengths[is_text]
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+        positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
         return Batch(
-            input_ids=torch.from_numpy(np.concatenate(ids)).unsqueeze(0),
+            input_ids=torch.from_numpy(ids).unsqueeze(0),
             positions=torch.from_numpy(positions).unsqueeze(0),
-            cu_seqlens=torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)),
+            cu_seqlens=torch.from_numpy(bounds.astype(np.int32)),
+            max_seqlen=self._reader.manifest.seq_len,
             first_position=first_position,
             row_ids=row_ids,
         )
+
+    def _read_rows(
+        self, index: int, rows: range, language: str | None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """Rows that lie together: their ids [tokens] and their segments' lengths, with padding."""
+        block, cu_seqlens = self._block(index, language)
+        edges = np.array([rows.start, rows.stop]) * block.shape[1]
+        first, last = np.searchsorted(cu_seqlens, edges)
+        return block[rows.start : rows.stop].reshape(-1), np.diff(cu_seqlens[first : last + 1])
+
+
+class _Ahead(threading.Thread):
+    """A step that is read before it is asked for.
+
+    What goes wrong here is dropped: whoever needs the step reads it again and meets the same error
+    at the same place as without a thread. So is the thread itself, in a fork.
+    """
+
+    def __init__(self, read: Callable[[int], list[Batch]], step: int) -> None:
+        super().__init__(name=f"read-step-{step}", daemon=True)
+        self._read, self._step = read, step
+        self._batches: list[Batch] | None = None
+        self.start()
+
+    def run(self) -> None:
+        """Read the step, in the thread."""
+        with contextlib.suppress(Exception):
+            self._batches = self._read(self._step)
+
+    def take(self, step: int) -> list[Batch] | None:
+        """The step's batches, once they are read; None if there are none, or of another step."""
+        self.join()
+        return self._batches if step == self._step else None
+
+
+@atexit.register
+def _let_reads_end() -> None:
+    """Exit under a read only where it hangs: libraries may abort when stopped in the middle."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _Ahead):
+            thread.join(EXIT_PATIENCE)

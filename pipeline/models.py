@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+from transformers.activations import GELUActivation
 from transformers.utils import logging
 
 from data_prep.command import ConfigError, one_line
 from pipeline.attention import PACKED, packed_attention
 from pipeline.config import Recipe, Student
+from pipeline.dropout import replace_dropout
+from pipeline.embedding import StepEmbedding
 from pipeline.loader import Batch
 from pipeline.objectives import QKV
+from pipeline.prepacked import PrepackedLinear, can_prepack, prepack
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
 logging.disable_progress_bar()
@@ -66,32 +70,47 @@ class CutEncoder(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
+        embeddings = model.embeddings
+        embeddings.word_embeddings = StepEmbedding(embeddings.word_embeddings)
         self.first_position = FAMILIES[model.config.model_type].first_position(model.config)
         model.pooler = None
         last = model.encoder.layer[-1]
         last.attention.output = last.intermediate = last.output = None
+        replace_dropout(model)
         self.model = model
 
+    @property
+    def word_embeddings(self) -> StepEmbedding:
+        """The embedding of token ids."""
+        embedding: StepEmbedding = self.model.embeddings.word_embeddings
+        return embedding
+
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, cu_seqlens: torch.Tensor
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
     ) -> QKV:
         """Queries, keys and values of the last layer.
 
         Args:
             input_ids: [1, T] int64.
             positions: [1, T] int64, from 0 in each segment.
-            cu_seqlens: [segments + 1] int32, on the CPU.
+            cu_seqlens: [segments + 1] int32.
+            max_seqlen: tokens of the longest segment, or more.
 
         Returns:
             Three tensors [T, hidden] in the model's dtype.
         """
-        bounds = cu_seqlens.tolist()
         hidden = self.model.embeddings(
             input_ids=input_ids, position_ids=positions + self.first_position
         )
         *layers, last = self.model.encoder.layer
         for layer in layers:
-            hidden = layer(hidden, attention_mask=None, bounds=bounds)
+            hidden = layer(
+                hidden, attention_mask=None, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
+            )
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
         projections = last.attention.self
         hidden = hidden.squeeze(0)
@@ -111,7 +130,9 @@ class TeacherModel:
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> QKV:
         """Queries, keys and values of the teacher's layer, each [T, teacher width]."""
-        qkv: QKV = self._encoder(batch.input_ids, batch.positions, batch.cu_seqlens)
+        qkv: QKV = self._encoder(
+            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
+        )
         return qkv
 
 
@@ -165,7 +186,20 @@ def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
     config.num_hidden_layers = recipe.teacher.layer or config.num_hidden_layers
     dtype = getattr(torch, recipe.teacher.dtype)
     model = _load("teacher.model", recipe.teacher.model, config, dtype, add_pooling_layer=False)
-    return TeacherModel(CutEncoder(model).to(device))
+    encoder = CutEncoder(model).to(device).requires_grad_(False)
+    if can_prepack(encoder):
+        for layer in encoder.model.encoder.layer[:-1]:
+            _fuse_gelu(layer.intermediate)
+        prepack(encoder)
+    return TeacherModel(encoder)
+
+
+def _fuse_gelu(intermediate: Any) -> None:
+    """Let the linear layer apply the exact GELU behind it."""
+    activation = intermediate.intermediate_act_fn
+    if isinstance(activation, GELUActivation) and activation.act is nn.functional.gelu:
+        intermediate.dense = PrepackedLinear(intermediate.dense, "gelu")
+        intermediate.intermediate_act_fn = nn.Identity()
 
 
 def student_config(student: Student, teacher_config: Any) -> Any:
@@ -200,7 +234,9 @@ def build_student(student: Student, config: Any, seed: int) -> Any:
     torch.manual_seed(seed)  # also for what a folder may lack: the pooler
     if student.model:
         return _load("student.model", student.model, config, torch.float32)
-    return AutoModel.from_config(config, attn_implementation=PACKED)
+    model = AutoModel.from_config(config, attn_implementation=PACKED)
+    replace_dropout(model)
+    return model
 
 
 def parameter_shapes(folder: Path) -> dict[str, torch.Size]:

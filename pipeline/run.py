@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from data_prep.command import ConfigError, RunError
 from data_prep.config import check_prep
+from data_prep.durable import write_durably
 from data_prep.shards import MANIFEST, ShardReader, tokenizer_fingerprint
-from pipeline.checkpoint import Checkpoints, State, check_identity, identity, tag_of, write_durably
+from pipeline.checkpoint import Checkpoints, State, check_identity, identity, tag_of
 from pipeline.collectives import all_sum, on_rank_0
 from pipeline.config import ROOT, Recipe, check_shapes, check_world, read_ds_config
 from pipeline.engine import Engine, StepResult, init_distributed, merge_ds_config
@@ -189,33 +190,48 @@ def assemble(
     shards_digest = hashlib.sha256(reader.manifest.to_json().encode()).hexdigest()
 
     checkpoints = Checkpoints(output_dir, topology, keep=recipe.train.keep_checkpoints)
-    state = checkpoints.newest()
+    saved = checkpoints.newest()
     now = identity(recipe, ds_policy, shards_digest)
-    if state is not None:
-        check_identity(state.identity, now, allow_change)
-        if state.step >= recipe.train.max_steps:
-            on_rank_0(lambda: _already_finished(recipe, state))
+    if saved is not None:
+        check_identity(saved.identity, now, allow_change)
+        if saved.step >= recipe.train.max_steps:
+            on_rank_0(lambda: _already_finished(recipe, saved))
             return None
     on_rank_0(lambda: _write_start(recipe, ds_config, topology, shards_digest))
     return _build(
-        recipe, ds_config, config, topology, device, stop, reader, checkpoints, state, now
+        _Checked(
+            recipe=recipe,
+            topology=topology,
+            device=device,
+            ds_config=ds_config,
+            student_config=config,
+            reader=reader,
+            checkpoints=checkpoints,
+            saved=saved,
+            identity=now,
+        ),
+        stop,
     )
 
 
-def _build(
-    recipe: Recipe,
-    ds_config: dict[str, Any],
-    config: Any,
-    topology: Topology,
-    device: torch.device,
-    stop: StopRequest,
-    reader: ShardReader,
-    checkpoints: Checkpoints,
-    saved: State | None,
-    now: dict[str, Any],
-) -> Run:
-    output_dir = Path(recipe.output_dir)
-    train = recipe.train
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Checked:
+    """What fits together, before anything large is built of it; `saved` is None in a new run."""
+
+    recipe: Recipe
+    topology: Topology
+    device: torch.device
+    ds_config: dict[str, Any]
+    student_config: Any
+    reader: ShardReader
+    checkpoints: Checkpoints
+    saved: State | None
+    identity: dict[str, Any]
+
+
+def _build(checked: _Checked, stop: StopRequest) -> Run:
+    recipe, topology, reader = checked.recipe, checked.topology, checked.reader
+    output_dir, train = Path(recipe.output_dir), recipe.train
     loader = Loader(
         reader,
         topology,
@@ -223,37 +239,21 @@ def _build(
         micro=train.micro_batch_size,
         seed=recipe.seed,
     )
-    teacher = load_teacher(recipe, device)
-    model = build_student(recipe.student, config, recipe.seed)
-    config.architectures = [type(model).__name__]
-    whole = model.state_dict()
-    student = CutEncoder(model)
-    untrained = {name: whole[name] for name in whole.keys() - student.named_weights().keys()}
-    if saved is None:
-        tokenizer = load_tokenizer(recipe.tokenizer)
-        on_rank_0(lambda: save_start(config, tokenizer, untrained, output_dir))
-    foreign = saved is not None and checkpoints.is_foreign(saved)
-    engine = Engine(student, recipe, ds_config, load_universal=foreign)
-    if saved is None:
-        state = State(step=0, tokens=0, world_size=topology.world_size, identity=now)
-    else:
-        checkpoints.restore(engine, saved)
-        state = dataclasses.replace(saved, world_size=topology.world_size, identity=now)
-        if topology.rank == 0:
-            print(f"resuming from {checkpoints.folder / tag_of(state.step)}", flush=True)
+    teacher = load_teacher(recipe, checked.device)
+    engine, state = _engine(checked)
     engine.train(True)
     is_first = topology.rank == 0
     on_rank_0(lambda: _cut_row_logs(output_dir, state.step))
     return Run(
         recipe=recipe,
         topology=topology,
-        device=device,
+        device=checked.device,
         stop=stop,
         loader=loader,
         heldout={language: loader.heldout(language) for language in reader.manifest.heldout_rows},
         teacher=teacher,
         engine=engine,
-        checkpoints=checkpoints,
+        checkpoints=checked.checkpoints,
         metrics=Metrics(output_dir, resume_step=state.step) if is_first else None,
         row_log=_row_log(output_dir, topology, state.step) if recipe.data.row_log else None,
         state=state,
@@ -266,6 +266,32 @@ def _build(
         ),
         tokens_logged=state.tokens,
     )
+
+
+def _engine(checked: _Checked) -> tuple[Engine, State]:
+    """The student in its engine: as it starts, or as the checkpoint has it."""
+    recipe, config, saved = checked.recipe, checked.student_config, checked.saved
+    checkpoints, world_size = checked.checkpoints, checked.topology.world_size
+    model = build_student(recipe.student, config, recipe.seed)
+    config.architectures = [type(model).__name__]
+    whole = model.state_dict()
+    student = CutEncoder(model)
+    if saved is None:
+        untrained = {name: whole[name] for name in whole.keys() - student.named_weights().keys()}
+        on_rank_0(
+            lambda: save_start(
+                config, load_tokenizer(recipe.tokenizer), untrained, Path(recipe.output_dir)
+            )
+        )
+        state = State(step=0, tokens=0, world_size=world_size, identity=checked.identity)
+        return Engine(student, recipe, checked.ds_config, load_universal=False), state
+    foreign = checkpoints.is_foreign(saved)
+    engine = Engine(student, recipe, checked.ds_config, load_universal=foreign)
+    checkpoints.restore(engine, saved)
+    if checked.topology.rank == 0:
+        print(f"resuming from {checkpoints.folder / tag_of(saved.step)}", flush=True)
+    state = dataclasses.replace(saved, world_size=world_size, identity=checked.identity)
+    return engine, state
 
 
 def _claim(output_dir: Path) -> None:

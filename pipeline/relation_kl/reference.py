@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 
-# T packed tokens, A relation heads, D relation-head size (differs between the two models)
+# T packed tokens, N of them in segments, A relation heads, D relation-head size of one model
 
 
 def reference_relation_kl(
-    student_TD: torch.Tensor, teacher_TD: torch.Tensor, bounds: Sequence[int], num_heads: int
+    student_TD: torch.Tensor,
+    teacher_TD: torch.Tensor,
+    student_keys_TD: torch.Tensor | None,
+    teacher_keys_TD: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    num_heads: int,
 ) -> torch.Tensor:
-    """See `pipeline.relation_kl.relation_kl`. Holds [A, T, T]; autograd gives the gradient."""
+    """See `pipeline.relation_kl.relation_kl`. Holds [A, N, N]; autograd gives the gradient."""
     dtype = torch.promote_types(
         torch.promote_types(student_TD.dtype, teacher_TD.dtype), torch.float32
     )
-    num_tokens = student_TD.shape[0]
-    segment_T = torch.zeros(num_tokens, dtype=torch.long, device=student_TD.device)
+    bounds = cu_seqlens.tolist()
+    num_tokens = bounds[-1]
+    segment_N = torch.zeros(num_tokens, dtype=torch.long, device=student_TD.device)
     for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
-        segment_T[start:stop] = number
-    same_segment_TT = segment_T[:, None] == segment_T[None, :]
-    log_s_ATT = _log_relation(student_TD.to(dtype), same_segment_TT, num_heads)
-    log_t_ATT = _log_relation(teacher_TD.to(dtype), same_segment_TT, num_heads)
-    kl_ATT = log_t_ATT.exp() * (log_t_ATT - log_s_ATT)
-    return kl_ATT.sum() / (num_heads * num_tokens)
+        segment_N[start:stop] = number
+    same_segment_NN = segment_N[:, None] == segment_N[None, :]
 
+    def split(vectors_TD: torch.Tensor) -> torch.Tensor:
+        heads_NAD: torch.Tensor = vectors_TD[:num_tokens].to(dtype).unflatten(1, (num_heads, -1))
+        return heads_NAD.transpose(0, 1)
 
-def _log_relation(
-    vectors_TD: torch.Tensor, same_segment_TT: torch.Tensor, num_heads: int
-) -> torch.Tensor:
-    heads_ATD = vectors_TD.unflatten(1, (num_heads, -1)).transpose(0, 1)
-    scores_ATT = heads_ATD @ heads_ATD.transpose(1, 2) * heads_ATD.shape[-1] ** -0.5
-    # The lowest finite number, not -inf: its probability is 0 and 0 * (-inf) would be NaN.
-    lowest = torch.finfo(scores_ATT.dtype).min
-    masked_ATT: torch.Tensor = scores_ATT.masked_fill(~same_segment_TT, lowest)
-    return masked_ATT.log_softmax(dim=-1)
+    def log_relation(queries_TD: torch.Tensor, keys_TD: torch.Tensor | None) -> torch.Tensor:
+        queries_AND = split(queries_TD)
+        keys_AND = queries_AND if keys_TD is None else split(keys_TD)
+        scores_ANN = queries_AND @ keys_AND.transpose(1, 2) * queries_AND.shape[-1] ** -0.5
+        # The lowest finite number, not -inf: its probability is 0 and 0 * (-inf) would be NaN.
+        lowest = torch.finfo(dtype).min
+        masked_ANN: torch.Tensor = scores_ANN.masked_fill(~same_segment_NN, lowest)
+        return masked_ANN.log_softmax(dim=-1)
+
+    log_s_ANN = log_relation(student_TD, student_keys_TD)
+    log_t_ANN = log_relation(teacher_TD, teacher_keys_TD)
+    kl_ANN = log_t_ANN.exp() * (log_t_ANN - log_s_ANN)
+    loss: torch.Tensor = kl_ANN.sum() / (num_heads * num_tokens)
+    return loss

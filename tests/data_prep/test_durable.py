@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.command import RunError
-from data_prep.durable import durable_write
+from data_prep.durable import durable_write, write_durably
 
 
 def test_bytes_appear_whole_and_replace_what_was_there(tmp_path: Path) -> None:
@@ -24,11 +24,24 @@ def test_bytes_appear_whole_and_replace_what_was_there(tmp_path: Path) -> None:
 def test_bytes_are_on_disk_before_they_have_their_name(tmp_path: Path, monkeypatch) -> None:
     order: list[str] = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (order.append("fsync"), fsync(fd)))
+
+    def recorded(descriptor: int) -> None:
+        order.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace(a, b)))
     with durable_write(tmp_path / "file") as stream:
         stream.write(b"new")
-    assert order == ["fsync", "replace"]
+    assert order == ["sync file.partial", "replace", f"sync {tmp_path.name}"]
+
+
+def test_text_replaces_a_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_durably(path, "one")
+    write_durably(path, "two ✓")
+    assert path.read_text(encoding="utf-8") == "two ✓"
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_nothing_appears_when_the_writer_fails(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
-from tests.pipeline.launch import ROOT, environment
+from tests.pipeline.launch import ROOT, environment, fork, run
 
 POCKET = ROOT / "models" / "pocket-teacher"
 TEXT = ROOT / "recipes" / "demo_text"
@@ -109,19 +111,41 @@ def bert_shards(bert: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactor
     return prepare(bert[0], tmp_path_factory.mktemp("shards") / "bert")
 
 
-@pytest.fixture
-def tiny(xlmr: tuple[Path, Path], heldout_shards: Path, tmp_path: Path) -> list[str]:
-    """Twelve quick steps with dropout, held-out losses and several checkpoints, in tmp_path/run."""
-    recipe = tmp_path / "tiny.yaml"
+def write_tiny(folder: Path, teacher: Path, shards: Path) -> list[str]:
+    """Arguments for a recipe of twelve quick steps that runs in folder/run."""
+    recipe = folder / "tiny.yaml"
     recipe.write_text(
         f"""
-output_dir: {tmp_path / "run"}
-teacher: {{model: {xlmr[0]}}}
+output_dir: {folder / "run"}
+teacher: {{model: {teacher}}}
 student: {{num_hidden_layers: 2, hidden_size: 24, num_attention_heads: 3, intermediate_size: 48}}
 objective: {{num_relation_heads: 12}}
-data: {{shards: {heldout_shards}, row_log: true}}
+data: {{shards: {shards}, row_log: true}}
 train: {{max_steps: 12, batch_size: 8, micro_batch_size: 2, learning_rate: 1e-2, warmup_steps: 3,
          save_every: 4, eval_every: 3, log_every: 1, keep_checkpoints: 2}}
 """
     )
     return ["--config", str(recipe)]
+
+
+@pytest.fixture
+def tiny(xlmr: tuple[Path, Path], heldout_shards: Path, tmp_path: Path) -> list[str]:
+    """Twelve quick steps with dropout, held-out losses and several checkpoints, in tmp_path/run."""
+    return write_tiny(tmp_path, xlmr[0], heldout_shards)
+
+
+@pytest.fixture(scope="session")
+def straight(
+    xlmr: tuple[Path, Path], heldout_shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str, int], Path]:
+    """The folder of an undisturbed run of `tiny`, by ZeRO stage and ranks; only to be read."""
+
+    @functools.cache
+    def of(stage: str, ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"{stage}-{ranks}")
+        arguments = write_tiny(folder, xlmr[0], heldout_shards)
+        outcome = run(arguments, ranks=ranks, stage=stage, begin=fork)
+        assert outcome.status == 0, outcome.output
+        return folder / "run"
+
+    return of

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.pipeline.launch import has_step, metrics, run, start, training, wait_for
+from tests.pipeline.launch import fork, has_step, metrics, run, start, training, wait_for
 
 
 def rows_by_step(run_dir: Path) -> dict[int, list[int]]:
@@ -30,25 +30,19 @@ def student_bytes(run_dir: Path) -> bytes:
     return (run_dir / "student" / "model.safetensors").read_bytes()
 
 
-def with_output(arguments: Sequence[str], run_dir: Path) -> list[str]:
-    """The same recipe in another folder."""
-    return [*arguments, f"--output_dir={run_dir}"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_sigkill_changes_nothing(stage: str, ranks: int, tiny: list[str], tmp_path: Path) -> None:
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    outcome = run(with_output(tiny, whole), ranks=ranks, stage=stage)
-    assert outcome.status == 0, outcome.output
+def test_sigkill_changes_nothing(stage: str, ranks: int, tiny, straight, tmp_path: Path) -> None:
+    whole, broken = straight(stage, ranks), tmp_path / "run"
+    begin = start if (stage, ranks) == ("zero2", 2) else fork
     moments = random.Random(f"{stage}/{ranks}")
     for reached in (moments.randint(1, 5), moments.randint(6, 11)):
-        with start(with_output(tiny, broken), ranks=ranks, stage=stage) as running:
+        with begin(tiny, ranks=ranks, stage=stage) as running:
             wait_for(has_step(broken, reached))
             time.sleep(moments.uniform(0, 0.3))  # anywhere in a step, a save or an evaluation
             running.kill_everything()
-    outcome = run(with_output(tiny, broken), ranks=ranks, stage=stage)
+    outcome = run(tiny, ranks=ranks, stage=stage, begin=begin)
     assert outcome.status == 0, outcome.output
     assert student_bytes(broken) == student_bytes(whole)
     assert metrics(broken) == metrics(whole)
@@ -59,13 +53,12 @@ def test_sigkill_changes_nothing(stage: str, ranks: int, tiny: list[str], tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
 def test_other_numbers_of_ranks_see_each_row_once(
-    stage: str, tiny: list[str], tmp_path: Path
+    stage: str, tiny, straight, tmp_path: Path
 ) -> None:
-    whole, elastic = tmp_path / "whole", tmp_path / "elastic"
-    outcome = run(with_output(tiny, whole), ranks=2, stage=stage)
-    assert outcome.status == 0, outcome.output
+    whole, elastic = straight(stage, 2), tmp_path / "run"
+    begin = start if stage == "zero3" else fork
     for ranks, stop_after in ((2, 3), (1, 7), (2, None)):
-        with start(with_output(tiny, elastic), ranks=ranks, stage=stage) as running:
+        with begin(tiny, ranks=ranks, stage=stage) as running:
             if stop_after is not None:
                 wait_for(has_step(elastic, stop_after))
                 running.ranks()[0].send_signal(signal.SIGUSR1)
@@ -78,20 +71,24 @@ def test_other_numbers_of_ranks_see_each_row_once(
         assert ours["step"] == theirs["step"]
         assert ours["lr"] == theirs["lr"]
         assert ours["tokens"] == theirs["tokens"]
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        # Stage 2 rounds a rank's embedding gradient to bf16 once a step: other sums for other ranks.
+        assert ours["loss"] == pytest.approx(
+            theirs["loss"], rel=2e-4 if stage == "zero2" else 1e-5
+        )
 
 
 @pytest.mark.slow
-def test_a_finished_run_has_nothing_left_to_do(tiny: list[str], tmp_path: Path) -> None:
-    assert run(tiny).status == 0
+def test_a_finished_run_has_nothing_left_to_do(tiny, straight, tmp_path: Path) -> None:
+    shutil.copytree(straight("zero2", 1), tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.jsonl")}
+    assert before
     outcome = run(tiny, ranks=2)
     assert outcome.status == 0
     assert "nothing left to do" in outcome.output
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.jsonl")}
     (tmp_path / "run" / "student" / "model.safetensors").unlink()  # killed before the export
-    assert run(tiny).status == 0
-    assert (tmp_path / "run" / "student" / "model.safetensors").exists()
+    assert run(tiny, begin=fork).status == 0
+    assert student_bytes(tmp_path / "run") == student_bytes(straight("zero2", 1))
 
 
 @pytest.mark.slow
@@ -132,15 +129,15 @@ def test_a_lost_rank_ends_the_others_with_one_line(tiny: list[str], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_passed_over(tiny: list[str], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over(tiny, straight, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert run(tiny).status == 0
+    shutil.copytree(straight("zero2", 1), run_dir)
     expected = student_bytes(run_dir)
     (shard,) = (run_dir / "checkpoints" / "step-00000012").glob("*optim_states.pt")
     raw = bytearray(shard.read_bytes())
     raw[len(raw) // 2] ^= 1
     shard.write_bytes(raw)
-    outcome = run(tiny)
+    outcome = run(tiny, begin=fork)
     assert outcome.status == 0, outcome.output
     assert "step-00000012 is damaged" in outcome.output
     assert "resuming from" in outcome.output
@@ -150,14 +147,16 @@ def test_a_damaged_checkpoint_is_passed_over(tiny: list[str], tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_changed_recipe_is_refused_by_name(tiny: list[str], tmp_path: Path) -> None:
-    assert run([*tiny, "--train.max_steps=2"]).status == 0
-    refused = run([*tiny, "--train.learning_rate=0.5", "--train.max_steps=2"], ranks=2)
+    assert run([*tiny, "--train.max_steps=2"], begin=fork).status == 0
+    changed = [*tiny, "--train.learning_rate=0.5", "--train.max_steps=2"]
+    refused = run(changed, ranks=2, begin=fork)
     assert refused.status == 2
     assert len(refused.errors) == 1
     assert "train.learning_rate" in refused.errors[0]
     assert "--allow_change" in refused.errors[0]
-    free = run([*tiny, "--train.max_steps=2", "--train.log_every=7"])
+    free = run([*tiny, "--train.max_steps=2", "--train.log_every=7"], begin=fork)
     assert free.status == 0, free.output
-    allowed = run([*tiny, "--train.max_steps=3", "--allow_change=train.max_steps"])
+    longer = [*tiny, "--train.max_steps=3", "--allow_change=train.max_steps"]
+    allowed = run(longer, begin=fork)
     assert allowed.status == 0, allowed.output
     assert [line["step"] for line in training(tmp_path / "run")] == [1, 2, 3]

@@ -237,7 +237,7 @@ def test_train_goes_on_where_it_was_asked_to_stop(cluster: Cluster, tmp_path: Pa
         "RECIPE": recipe,
         "SHARDS": str(shards),
         "OUTPUT_DIR": str(run),
-        "EXTRA_ARGS": f"{extra} --train.log_every 1 --train.eval_every 1000",
+        "EXTRA_ARGS": f"{extra} --train.log_every 1 --train.eval_every 0",
         "PYTHON": sys.executable,
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",  # both nodes are one host, and may have one GPU

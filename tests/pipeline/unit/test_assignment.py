@@ -83,6 +83,17 @@ def test_locate_names_rows_that_exist_and_keeps_blocks_together(rows: int, block
     assert sorted(blocks) == list(range(-(-rows // block)))  # each in one piece
 
 
+@pytest.mark.parametrize(("rows", "block"), SIZES)
+def test_runs_are_what_locate_finds_row_by_row_in_as_few_pieces(rows: int, block: int) -> None:
+    order = make_order(rows, block)
+    for positions in (range(4 * rows), range(rows // 2, 2 * rows + 1), range(rows, rows)):
+        places = [(index, row) for index, run in order.runs(positions) for row in run]
+        assert places == [order.locate(position) for position in positions]
+    for epoch in range(4):
+        blocks = [index for index, _ in order.runs(range(epoch * rows, (epoch + 1) * rows))]
+        assert sorted(blocks) == list(range(-(-rows // block)))
+
+
 def test_the_short_last_block_moves_through_the_epochs() -> None:
     order = make_order(10, 4)
     places = {

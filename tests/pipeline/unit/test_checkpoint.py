@@ -25,7 +25,6 @@ from pipeline.checkpoint import (
     newest_state,
     read_state,
     tag_of,
-    write_durably,
 )
 from pipeline.config import Recipe, flatten
 from pipeline.topology import Topology
@@ -278,14 +277,6 @@ def test_foreign_is_what_another_number_of_ranks_wrote(
 ) -> None:
     state = dataclasses.replace(state_at(1), world_size=world_size)
     assert checkpoints().is_foreign(state) is is_foreign
-
-
-def test_write_durably_replaces_a_file_at_once(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_durably(path, "one")
-    write_durably(path, "two ✓")
-    assert path.read_text(encoding="utf-8") == "two ✓"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 # What a run is

@@ -114,7 +114,7 @@ def test_the_student_computes_what_was_trained(run: Run) -> None:
     with torch.no_grad():
         states = plain_model(ids, output_hidden_states=True).hidden_states
         expected = plain_model.encoder.layer[1].attention.self.query(states[1])[0]
-        ours = cut.eval()(ids, torch.arange(5)[None], torch.tensor([0, 5]))
+        ours = cut.eval()(ids, torch.arange(5)[None], torch.tensor([0, 5]), 5)
     torch.testing.assert_close(ours.q, expected, rtol=1e-5, atol=1e-5)
 
 

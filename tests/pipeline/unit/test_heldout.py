@@ -20,6 +20,7 @@ def make_batch(seed: int, lengths: tuple[int, ...]) -> Batch:
         input_ids=torch.randint(5, 50, (1, sum(lengths)), generator=generator),
         positions=torch.cat([torch.arange(length) for length in lengths])[None],
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        max_seqlen=max(lengths),
         first_position=0,
         row_ids=(seed,),
     )

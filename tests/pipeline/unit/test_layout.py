@@ -49,11 +49,12 @@ def test_the_sources_are_found() -> None:
 
 
 @pytest.mark.parametrize("module", modules_of("pipeline"))
-def test_pipeline_uses_the_format_the_command_line_and_the_recipe_of_data_prep(
+def test_pipeline_uses_what_data_prep_shares_and_no_more_of_it(
     module: str,
 ) -> None:
     used = {name for name in IMPORTS[module] if name.split(".")[0] == "data_prep"}
-    assert used <= {"data_prep.shards", "data_prep.command", "data_prep.config"}
+    allowed = {"shards", "command", "config", "durable"}
+    assert used <= {f"data_prep.{name}" for name in allowed}
 
 
 @pytest.mark.parametrize("module", modules_of("data_prep"))

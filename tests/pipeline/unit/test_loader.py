@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,26 +201,169 @@ def test_short_blocks_are_refused_before_the_last(one_rank: Topology) -> None:
             Loader(fake_reader(rows), one_rank, batch_size=4, micro=2, seed=1)
 
 
-def test_moving_a_batch_leaves_the_boundaries_on_the_host(shards: Path, one_rank: Topology) -> None:
+def test_moving_a_batch_moves_all_of_it(shards: Path, one_rank: Topology) -> None:
     batch = make_loader(shards).micro_batches(0)[0]
     moved = batch.to(torch.device("meta"))
     assert moved.input_ids.device.type == moved.positions.device.type == "meta"
-    assert moved.cu_seqlens.device.type == "cpu"
+    assert moved.cu_seqlens.device.type == "meta"
     assert (moved.row_ids, moved.first_position) == (batch.row_ids, batch.first_position)
 
 
+def assert_same(batches: list[Batch], expected: list[Batch]) -> None:
+    for one, other in zip(batches, expected, strict=True):
+        assert (one.first_position, one.row_ids) == (other.first_position, other.row_ids)
+        for name in ("input_ids", "positions", "cu_seqlens"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+
+
+def step_blocks(loader: Loader, step: int) -> set[int]:
+    """The blocks that hold the rows of a step of 8."""
+    return {block for block, _ in loader.order.runs(range(8 * step, 8 * step + 8))}
+
+
+def finish_reading_ahead() -> None:
+    for thread in threading.enumerate():
+        if thread.name.startswith("read-step-"):
+            thread.join()
+
+
+@pytest.fixture
+def readers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """Which block was read by which thread, in order."""
+    finish_reading_ahead()  # what earlier tests left
+    reads: list[tuple[int, str]] = []
+    plain: Callable[..., object] = ShardReader.read_block
+
+    def read_block(self: ShardReader, index: int, *, language: str | None = None) -> object:
+        reads.append((index, threading.current_thread().name))
+        return plain(self, index, language=language)
+
+    monkeypatch.setattr(ShardReader, "read_block", read_block)
+    return reads
+
+
 def test_blocks_are_read_once_while_they_are_near(
+    shards: Path, readers: list[tuple[int, str]]
+) -> None:
+    loader = make_loader(shards)
+    for step in range(3):  # 32 rows with what is read ahead, blocks of 7, one may be shorter
+        loader.micro_batches(step)
+    finish_reading_ahead()
+    reads = [index for index, _ in readers]
+    assert 5 <= len(reads) == len(set(reads)) <= 6
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [range(20), [0, 0, 1, 1, 1, 2], [0, 5, 6, 2, 3, 40, 41, 4, 0]],
+    ids=["forward", "repeated", "jumps"],
+)
+def test_reading_ahead_changes_no_batch(shards: Path, steps: list[int]) -> None:
+    loader = make_loader(shards)
+    for step in steps:
+        not_ahead = make_loader(shards).micro_batches(step)  # the first that this loader is asked
+        assert_same(loader.micro_batches(step), not_ahead)
+
+
+def test_the_next_step_is_read_while_this_one_is_in_use(
+    shards: Path, readers: list[tuple[int, str]]
+) -> None:
+    loader = make_loader(shards)
+    for step in range(8):
+        loader.micro_batches(step)
+        finish_reading_ahead()
+        assert step_blocks(loader, step) | step_blocks(loader, step + 1) <= dict(readers).keys()
+    assert {block for block, thread in readers if thread == "MainThread"} == step_blocks(loader, 0)
+
+
+def test_damage_ends_the_step_that_reads_it_also_when_it_was_read_ahead(
+    shards: Path, tmp_path: Path, readers: list[tuple[int, str]]
+) -> None:
+    copy = shutil.copytree(shards, tmp_path / "shards")
+    blocks = [step_blocks(make_loader(copy), step) for step in range(7)]
+    (damaged, *_) = blocks[6] - set().union(*blocks[:6])
+    block = ShardReader(str(copy)).blocks()[damaged]
+    name = f"train-{damaged // 3:06d}.tar"
+    data = bytearray((copy / name).read_bytes())
+    data[block.offset + block.bytes // 2] ^= 1
+    (copy / name).write_bytes(data)
+    with pytest.raises(RunError, match=rf"{name}.*damaged: its CRC") as not_ahead:
+        make_loader(copy).micro_batches(6)
+    readers.clear()
+    loader = make_loader(copy)
+    for step in range(6):
+        loader.micro_batches(step)
+        finish_reading_ahead()
+    assert [thread for index, thread in readers if index == damaged] == ["read-step-6"]
+    for _ in range(2):
+        with pytest.raises(RunError) as ahead:
+            loader.micro_batches(6)
+        assert str(ahead.value) == str(not_ahead.value)
+    assert_same(loader.micro_batches(1), make_loader(copy).micro_batches(1))
+
+
+LEAVES = {
+    "drop": "del loader",
+    "keep": "",
+    "fork": """
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    batches = loader.micro_batches(1)
+    os._exit(7 if batches[0].first_position == 8 else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+""",
+}
+
+
+@pytest.mark.parametrize("leave", sorted(LEAVES))
+def test_a_read_ahead_that_hangs_keeps_neither_the_process_nor_a_fork(
+    shards: Path, repo: Path, leave: str
+) -> None:
+    script = f"""
+import os, signal, threading, time
+import pipeline.loader
+from data_prep.shards import ShardReader
+from tests.pipeline.unit.test_loader import Path, make_loader
+
+plain, hangs = ShardReader.read_block, threading.Event()
+
+def read_block(*args, **options):
+    if threading.current_thread() is not threading.main_thread():
+        hangs.set()
+        time.sleep(600)
+    return plain(*args, **options)
+
+ShardReader.read_block = read_block
+pipeline.loader.EXIT_PATIENCE = 0.5
+loader = make_loader(Path({str(shards)!r}))
+loader.micro_batches(0)
+assert hangs.wait(60)
+{LEAVES[leave]}
+"""
+    env = {**os.environ, "PYTHONPATH": str(repo), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", script], env=env, check=True, timeout=60)
+
+
+def test_batches_for_a_gpu_are_pinned_where_they_are_read(
     shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loader, reads = make_loader(shards), []
-    plain: Callable[..., object] = ShardReader.read_block
-    monkeypatch.setattr(
-        ShardReader,
-        "read_block",
-        lambda self, index, *, language=None: (
-            reads.append(index) or plain(self, index, language=language)
-        ),
-    )
-    for step in range(4):  # 32 rows, blocks of 7, one of which may be shorter
-        loader.micro_batches(step)
-    assert 5 <= len(reads) == len(set(reads)) <= 6
+    pinned: dict[int, str] = {}
+
+    def pin_memory(self: torch.Tensor) -> torch.Tensor:
+        copy = self.clone()
+        pinned[copy.data_ptr()] = threading.current_thread().name
+        return copy
+
+    plain = make_loader(shards).micro_batches(1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    loader = make_loader(shards)
+    loader.micro_batches(0)
+    finish_reading_ahead()
+    batches = loader.micro_batches(1)
+    finish_reading_ahead()
+    for batch in batches:
+        for tensor in (batch.input_ids, batch.positions):
+            assert pinned[tensor.data_ptr()] == "read-step-1"
+    assert_same(batches, plain)

@@ -47,6 +47,7 @@ def pack(segments: Sequence[torch.Tensor]) -> Batch:
         input_ids=torch.cat(list(segments))[None],
         positions=torch.cat([torch.arange(len(segment)) for segment in segments])[None],
         cu_seqlens=torch.cat([torch.zeros(1), ends]).to(torch.int32),
+        max_seqlen=max(map(len, segments)),
         first_position=0,
         row_ids=(0,),
     )
@@ -54,7 +55,7 @@ def pack(segments: Sequence[torch.Tensor]) -> Batch:
 
 def forward(encoder: CutEncoder, segments: Sequence[torch.Tensor]) -> QKV:
     batch = pack(segments)
-    return encoder(batch.input_ids, batch.positions, batch.cu_seqlens)
+    return encoder(batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen)
 
 
 def plain_qkv(model: Any, layer: int, ids: torch.Tensor, mask: torch.Tensor) -> QKV:

@@ -31,6 +31,7 @@ def make_batches(first_position: int = 0) -> list[Batch]:
                 input_ids=torch.randint(0, 20, (1, sum(lengths)), generator=generator),
                 positions=torch.cat([torch.arange(length) for length in lengths])[None],
                 cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+                max_seqlen=max(lengths),
                 first_position=first_position + 2 * number,
                 row_ids=(10 * number, 10 * number + 1),
             )

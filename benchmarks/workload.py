@@ -1,0 +1,300 @@
+"""The step that is measured: a teacher and a student of published shapes, on synthetic paragraphs.
+
+Speed depends on shapes and lengths alone, so weights are random and ids are drawn by Zipf's law.
+Lengths follow a clipped lognormal with the median (59) and mean (86) of one paragraph of web text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import XLMRobertaConfig, XLMRobertaModel
+
+from data_prep.pack import best_fit
+from pipeline.assignment import DataOrder
+from pipeline.checkpoint import Checkpoints, State
+from pipeline.config import (
+    DEFAULT_DS_CONFIG,
+    Objective,
+    Recipe,
+    Student,
+    Teacher,
+    Train,
+    read_ds_config,
+)
+from pipeline.engine import Engine, init_distributed, merge_ds_config
+from pipeline.loader import Batch
+from pipeline.models import CutEncoder, build_student, load_teacher, read_config, student_config
+from pipeline.run import Run
+from pipeline.stopping import StopRequest
+from pipeline.topology import Topology
+
+MEDIAN_TOKENS, SPREAD = 59, 1.05
+FIRST_ID = 5  # ids below are special
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A teacher, a student and their rows."""
+
+    teacher_layers: int
+    teacher_width: int
+    teacher_heads: int
+    teacher_layer: int
+    relation_heads: int
+    vocab_size: int
+    seq_len: int
+    student_layers: int = 6
+    student_width: int = 384
+    student_heads: int = 12
+
+
+BASE = Shape(
+    teacher_layers=12,
+    teacher_width=768,
+    teacher_heads=12,
+    teacher_layer=12,
+    relation_heads=48,
+    vocab_size=60_000,
+    seq_len=256,
+)
+LARGE = Shape(
+    teacher_layers=24,
+    teacher_width=1024,
+    teacher_heads=16,
+    teacher_layer=19,
+    relation_heads=64,
+    vocab_size=250_002,
+    seq_len=512,
+)
+TINY = Shape(
+    teacher_layers=3,
+    teacher_width=64,
+    teacher_heads=4,
+    teacher_layer=2,
+    relation_heads=8,
+    vocab_size=500,
+    seq_len=64,
+    student_layers=2,
+    student_width=32,
+    student_heads=2,
+)
+SHAPES = {"base": BASE, "large": LARGE, "tiny": TINY}
+
+
+def add_shape_arguments(
+    parser: argparse.ArgumentParser, *, batches: int, rows_per_batch: int
+) -> None:
+    """Options for the shape, and for how much text an optimizer step takes."""
+    parser.add_argument("--shape", choices=SHAPES, default="base", help="of models and rows")
+    parser.add_argument("--batches", type=int, default=batches, help="micro-batches of a step")
+    parser.add_argument("--rows", type=int, default=rows_per_batch, help="rows of a micro-batch")
+
+
+def paragraphs(shape: Shape, count: int, seed: int = 0) -> list[np.ndarray]:
+    """Token ids of `count` paragraphs, none longer than a row."""
+    generator = np.random.default_rng(seed)
+    lengths = np.round(generator.lognormal(np.log(MEDIAN_TOKENS), SPREAD, count))
+    largest = shape.vocab_size - FIRST_ID
+    return [
+        FIRST_ID + (generator.zipf(1.2, int(n)) - 1) % largest
+        for n in lengths.clip(4, shape.seq_len)
+    ]
+
+
+def packed(shape: Shape, texts: Sequence[np.ndarray], rows_per_batch: int) -> Iterator[Batch]:
+    """The paragraphs as rows of the shape's length, as the loader gives them."""
+    rows = best_fit([len(text) for text in texts], shape.seq_len)
+    np.random.default_rng(0).shuffle(rows)  # as preparation does
+    for first in range(0, len(rows), rows_per_batch):
+        segments = [texts[i] for row in rows[first : first + rows_per_batch] for i in row]
+        lengths = np.array([len(segment) for segment in segments])
+        yield Batch(
+            input_ids=torch.from_numpy(np.concatenate(segments))[None],
+            positions=torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None],
+            cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32)),
+            max_seqlen=shape.seq_len,
+            first_position=first,
+            row_ids=tuple(range(first, min(first + rows_per_batch, len(rows)))),
+        )
+
+
+def training_batches(shape: Shape, *, batches: int, rows_per_batch: int) -> list[Batch]:
+    """Full batches, drawn from four times as many rows, so that rows are as full as in a run."""
+    pool = paragraphs(shape, 1000 + batches * rows_per_batch * shape.seq_len // 20)
+    return list(itertools.islice(packed(shape, pool, rows_per_batch), batches))
+
+
+def segments(batches: Sequence[Batch]) -> list[torch.Tensor]:
+    """Token ids of each paragraph of the batches, in random order, as lines of a text come."""
+    found = [
+        batch.input_ids[0, start:stop]
+        for batch in batches
+        for start, stop in itertools.pairwise(batch.cu_seqlens.tolist())
+    ]
+    return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
+
+
+def teacher_config(shape: Shape) -> XLMRobertaConfig:
+    """The teacher's configuration, with weights so large that relations are not all but uniform."""
+    return XLMRobertaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.teacher_width,
+        num_hidden_layers=shape.teacher_layers,
+        num_attention_heads=shape.teacher_heads,
+        intermediate_size=4 * shape.teacher_width,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        initializer_range=shape.teacher_width**-0.5,
+    )
+
+
+def save_teacher(shape: Shape, folder: Path) -> None:
+    """A random teacher of the shape; `save_pretrained` would import DeepSpeed before its time."""
+    config = teacher_config(shape)
+    torch.manual_seed(0)
+    model = XLMRobertaModel(config, add_pooling_layer=False)
+    config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class FixedLoader:
+    """Gives the same micro-batches at every step, so that nothing but the step is measured."""
+
+    def __init__(self, batches: list[Batch], order: DataOrder) -> None:
+        self._batches, self.order = batches, order
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The batches."""
+        return self._batches
+
+
+def make_recipe(shape: Shape, folder: Path, *, batches: int, rows_per_batch: int) -> Recipe:
+    """The recipe of a run of the shape on one rank, writing into `folder`."""
+    return Recipe(
+        output_dir=str(folder / "run"),
+        teacher=Teacher(model=str(folder / "teacher"), layer=shape.teacher_layer),
+        student=Student(
+            num_hidden_layers=shape.student_layers,
+            hidden_size=shape.student_width,
+            num_attention_heads=shape.student_heads,
+            intermediate_size=4 * shape.student_width,
+        ),
+        objective=Objective(num_relation_heads=shape.relation_heads),
+        train=Train(
+            max_steps=1_000_000,
+            batch_size=batches * rows_per_batch,
+            micro_batch_size=rows_per_batch,
+            log_every=10,
+        ),
+    )
+
+
+def make_run(recipe: Recipe, batches: list[Batch], ds_config: Path = DEFAULT_DS_CONFIG) -> Run:
+    """What `pipeline.train.train_step` works with: the real teacher, engine and optimizer."""
+    topology = Topology.from_environment()
+    device = init_distributed(topology)
+    config = student_config(recipe.student, read_config("teacher.model", recipe.teacher.model))
+    teacher = load_teacher(recipe, device)
+    student = CutEncoder(build_student(recipe.student, config, recipe.seed))
+    merged = merge_ds_config(read_ds_config(str(ds_config)), recipe, topology.world_size)
+    engine = Engine(student, recipe, merged, load_universal=False)
+    engine.train(True)
+    micro = recipe.train.micro_batch_size
+    order = DataOrder(
+        num_rows=len(batches) * micro,
+        rows_per_block=micro,
+        batch_size=recipe.train.batch_size,
+        micro_batch_size=micro,
+        seed=recipe.seed,
+    )
+    return Run(
+        recipe=recipe,
+        topology=topology,
+        device=device,
+        stop=StopRequest(),
+        loader=FixedLoader(batches, order),  # type: ignore[arg-type]
+        heldout={},
+        teacher=teacher,
+        engine=engine,
+        checkpoints=Checkpoints(Path(recipe.output_dir), topology, keep=1),
+        metrics=None,
+        row_log=None,
+        state=State(step=0, tokens=0, world_size=topology.world_size, identity={}),
+        bar=tqdm(disable=True),
+    )
+
+
+def linear_flops(shape: Shape) -> tuple[float, float]:
+    """Matmul FLOPs a token of the teacher's forward and of the student's forward and backward.
+
+    Of the cut models: whole layers below the last one, of that one the three projections. A
+    multiplication and an addition count as two; the student's backward counts twice its forward.
+    """
+
+    def forward(layers: int, width: int) -> float:
+        return 2.0 * ((layers - 1) * 12 * width**2 + 3 * width**2)
+
+    teacher = forward(shape.teacher_layer, shape.teacher_width)
+    return teacher, 3 * forward(shape.student_layers, shape.student_width)
+
+
+def attention_flops(shape: Shape, lengths: Sequence[int]) -> float:
+    """Matmul FLOPs of scores and weighted sums of both models' attention, for these segments."""
+    squares = float(np.square(np.asarray(lengths, dtype=np.float64)).sum())
+    teacher = (shape.teacher_layer - 1) * shape.teacher_width
+    student = 3 * (shape.student_layers - 1) * shape.student_width
+    return 4 * squares * (teacher + student)
+
+
+def relation_flops(shape: Shape, lengths: Sequence[int]) -> float:
+    """Matmul FLOPs of the three relations: scores of both models, and the student's gradient."""
+    squares = float(np.square(np.asarray(lengths, dtype=np.float64)).sum())
+    return 3 * 2 * squares * (shape.teacher_width + 3 * shape.student_width)
+
+
+def part_flops(shape: Shape, lengths: Sequence[int]) -> dict[str, float]:
+    """Matmul FLOPs of a step over these segments, by part; the optimizer multiplies nothing."""
+    num_tokens = sum(lengths)
+    teacher, student = (num_tokens * flops for flops in linear_flops(shape))
+    attention = attention_flops(shape, lengths)
+    without_student = dataclasses.replace(shape, student_layers=1)  # whose one layer is cut
+    teacher_attention = attention_flops(without_student, lengths)
+    student += attention - teacher_attention
+    return {
+        "teacher forward": teacher + teacher_attention,
+        "student forward": student / 3,
+        "loss": relation_flops(shape, lengths),
+        "backward": 2 * student / 3,
+        "optimizer step": 0.0,
+    }
+
+
+def student_parameters(shape: Shape) -> tuple[int, int]:
+    """Parameters of the cut student, all and those of its word embeddings alone."""
+    recipe = make_recipe(shape, Path(), batches=1, rows_per_batch=1)
+    config = student_config(recipe.student, teacher_config(shape))
+    with torch.device("meta"):
+        student = CutEncoder(XLMRobertaModel(config))
+    count = sum(parameter.numel() for parameter in student.parameters())
+    return count, shape.vocab_size * shape.student_width
+
+
+def step_flops(shape: Shape, lengths: Sequence[int]) -> float:
+    """Matmul FLOPs that the cut models alone need for a step; what the loss needs is left out."""
+    teacher, student = linear_flops(shape)
+    return (teacher + student) * sum(lengths) + attention_flops(shape, lengths)
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the teacher and the run, removed after use."""
+    return tempfile.TemporaryDirectory(prefix="minilm-benchmark-")
