@@ -131,7 +131,7 @@ def _status_bytes(key: str) -> int:
 
 
 def matmul_peak(dtype: torch.dtype, *, size: int | None = None, seconds: float = 2.0) -> float:
-    """The most FLOP/s that a plain square matmul reaches here: the best of repeated calls.
+    """The FLOP/s that a plain square matmul reaches here: the median of repeated calls.
 
     Args:
         dtype: of both factors.
@@ -142,13 +142,13 @@ def matmul_peak(dtype: torch.dtype, *, size: int | None = None, seconds: float =
     on = device()
     n = size or (8192 if on.type == "cuda" else 1024)
     left, right = (torch.randn(n, n, device=on).to(dtype) for _ in range(2))
-    best, stop = float("inf"), time.perf_counter() + seconds
+    times, stop = [], time.perf_counter() + seconds
     while time.perf_counter() < stop:
         started = time.perf_counter()
         left @ right
         synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * n**3 / best
+        times.append(time.perf_counter() - started)
+    return 2 * n**3 / statistics.median(times)
 
 
 def report(

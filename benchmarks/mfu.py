@@ -4,7 +4,7 @@
 
 FLOPs are counted from the shapes: the matmuls of the cut models over the real tokens. What the loss
 multiplies is left out of the ratio, and stands in its own row. The parts are timed by calling the
-pieces of `pipeline.train.train_step` one after the other, with a wait for the GPU after each; the
+pieces of `pipeline.loop.train_step` one after the other, with a wait for the GPU after each; the
 whole step is timed separately, without those waits.
 """
 
@@ -42,10 +42,10 @@ from benchmarks.workload import (
     step_flops,
     training_batches,
 )
+from pipeline.loop import train_step
 from pipeline.objectives import minilmv2, total
 from pipeline.run import Run
 from pipeline.schedule import learning_rate
-from pipeline.train import train_step
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -39,7 +39,7 @@ from benchmarks.workload import (
     segments,
     training_batches,
 )
-from pipeline.train import train_step
+from pipeline.loop import train_step
 
 CASES = {"padded fp32": torch.float32, "padded bf16": torch.bfloat16, "ours": None}
 

@@ -47,7 +47,7 @@ from benchmarks.workload import (
     training_batches,
 )
 from pipeline.config import ROOT
-from pipeline.train import train_step
+from pipeline.loop import train_step
 
 GPUS = (8, 16, 32, 128, 512)
 COMMUNICATION = {"fp32": 4, "bf16": 2}  # bytes of a gradient's element

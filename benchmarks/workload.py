@@ -200,7 +200,7 @@ def make_recipe(shape: Shape, folder: Path, *, batches: int, rows_per_batch: int
 
 
 def make_run(recipe: Recipe, batches: list[Batch], ds_config: Path = DEFAULT_DS_CONFIG) -> Run:
-    """What `pipeline.train.train_step` works with: the real teacher, engine and optimizer."""
+    """What `pipeline.loop.train_step` works with: the real teacher, engine and optimizer."""
     topology = Topology.from_environment()
     device = init_distributed(topology)
     config = student_config(recipe.student, read_config("teacher.model", recipe.teacher.model))

@@ -195,6 +195,11 @@ def load_recipe(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
             help="recipe keys that may differ from the checkpoint's, although they change the run",
         )
         parser.add_argument(
+            "--profile",
+            action="store_true",
+            help="write a trace of steps 4 to 6, and where they go, to OUTPUT_DIR/profile/",
+        )
+        parser.add_argument(
             "--local_rank", type=int, default=-1, help="set by the launcher; unused"
         )
 

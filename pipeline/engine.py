@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import dataclasses
 import io
 import os
 import shutil
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch.profiler import record_function
 
 from data_prep.command import ConfigError, RunError, one_line
 from pipeline.config import Recipe, flatten
@@ -160,11 +161,16 @@ def _import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     import deepspeed
     from deepspeed.ops import __compatible_ops__
+    from deepspeed.runtime import compiler
 
     deepspeed.utils.logger.setLevel("ERROR")
     # Used by tensor-parallel inference only; on CPU DeepSpeed would compile it at the first start,
     # for a minute, and fail where there is no compiler.
     __compatible_ops__["deepspeed_shm_comm"] = False
+    # ZeRO imports Muon whatever the optimizer, and Muon asks for torch's compiler, whose import
+    # takes as long as torch's own. Nothing here is compiled.
+    with mock.patch.object(compiler, "compile", return_value=compiler.dummy_decorator):
+        import deepspeed.runtime.zero.muon.muon_optimizer
     return deepspeed
 
 
@@ -243,6 +249,7 @@ class Engine:
         """Dropout on or off."""
         self._engine.train(mode)
 
+    @record_function("student")
     def __call__(self, batch: Batch) -> QKV:
         """The student's queries, keys and values, each [T, width]."""
         qkv: QKV = self._engine(
@@ -250,6 +257,7 @@ class Engine:
         )
         return qkv
 
+    @record_function("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of `loss` / accumulation steps, averaged over ranks."""
         self._engine.backward(loss)
@@ -258,6 +266,7 @@ class Engine:
         """Tell DeepSpeed that a micro-batch other than the step's last one is done."""
         self._engine.step()
 
+    @record_function("optimizer")
     def step(self, learning_rate: float) -> StepResult:
         """Clip, update the weights, clear the gradient; a non-finite gradient updates nothing."""
         for group in self._engine.optimizer.param_groups:
@@ -306,16 +315,26 @@ def convert_to_universal(folder: Path, tag: str, destination: Path) -> None:
         RunError: DeepSpeed's converter fails.
     """
     shutil.rmtree(destination, ignore_errors=True)
-    converter = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    places = ["--input_folder", str(folder / tag), "--output_folder", str(destination / tag)]
-    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1", "--inject_missing_state"]
-    done = subprocess.run([*converter, *places, *workers], capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+    _import_deepspeed()
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = argparse.Namespace(
+        input_folder=str(folder / tag),
+        output_folder=str(destination / tag),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    try:
+        with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+            ds_to_universal.main(options)
+    except Exception as error:  # whatever it meets in damaged files
         raise RunError(
-            f"{folder / tag} cannot be converted for another number of ranks ({reason}); resume "
-            "with the number that it was written by"
-        )
+            f"{folder / tag} cannot be converted for another number of ranks ({one_line(error)}); "
+            "resume with the number that it was written by"
+        ) from error
 
 
 def read_weights(

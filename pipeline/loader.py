@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.profiler import record_function
 
 from data_prep.command import RunError
 from data_prep.shards import ShardReader
@@ -99,6 +100,7 @@ class Loader:
     ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int32]]:
         return self._reader.read_block(index, language=language)
 
+    @record_function("data")
     def micro_batches(self, step: int) -> list[Batch]:
         """What this rank reads for a 0-based step.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
 from transformers.activations import GELUActivation
 from transformers.utils import logging
@@ -21,7 +22,7 @@ from pipeline.dropout import replace_dropout
 from pipeline.embedding import StepEmbedding
 from pipeline.loader import Batch
 from pipeline.objectives import QKV
-from pipeline.prepacked import PrepackedLinear, can_prepack, prepack
+from pipeline.prepacked import PrepackedLinear, PrepackedOutput, can_prepack, prepack
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
 logging.disable_progress_bar()
@@ -127,6 +128,7 @@ class TeacherModel:
     def __init__(self, encoder: CutEncoder) -> None:
         self._encoder = encoder.eval().requires_grad_(False)
 
+    @record_function("teacher")
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> QKV:
         """Queries, keys and values of the teacher's layer, each [T, teacher width]."""
@@ -190,6 +192,8 @@ def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
     if can_prepack(encoder):
         for layer in encoder.model.encoder.layer[:-1]:
             _fuse_gelu(layer.intermediate)
+            for part in (layer.attention, layer):
+                part.output = PrepackedOutput(part.output.dense, part.output.LayerNorm)
         prepack(encoder)
     return TeacherModel(encoder)
 

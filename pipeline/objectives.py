@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.profiler import record_function
 
 from pipeline.config import Objective
 from pipeline.relation_kl import relation_kl
@@ -18,6 +19,7 @@ class QKV(NamedTuple):
     v: torch.Tensor
 
 
+@record_function("loss")
 def minilmv2(
     student: QKV, teacher: QKV, cu_seqlens: torch.Tensor, objective: Objective
 ) -> dict[str, torch.Tensor]:

@@ -34,6 +34,27 @@ class PrepackedLinear(nn.Module):
         return product
 
 
+class PrepackedOutput(nn.Module):
+    """A linear layer, a residual sum and a layer norm, as an encoder's two outputs are.
+
+    Args:
+        linear: the layer.
+        norm: the layer norm behind the sum.
+    """
+
+    def __init__(self, linear: nn.Linear, norm: nn.LayerNorm) -> None:
+        super().__init__()
+        self.linear, self.norm = PrepackedLinear(linear), norm
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """norm(linear(x) + residual), [..., in] and [..., out] to [..., out]."""
+        total = torch.ops.mkldnn._linear_pointwise.binary(
+            x, residual, self.linear.weight, self.linear.bias, "add"
+        )
+        normed: torch.Tensor = self.norm(total)
+        return normed
+
+
 def prepack(module: nn.Module) -> None:
     """Replace the bf16 linear layers below `module`, which must be frozen and on the CPU."""
     for name, child in module.named_children():

@@ -13,30 +13,12 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p).resolve() != _HERE)]
 
-import hashlib
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-import torch
-
-from data_prep.command import (
-    EXIT_FINISHED,
-    EXIT_STOPPED,
-    RunError,
-    run_command,
-    skip_unreachable_hub,
-)
-from pipeline.collectives import agree, all_max, disconnect, naming_lost_ranks, on_rank_0
+from data_prep.command import EXIT_FINISHED, run_command, skip_unreachable_hub
 from pipeline.config import load_recipe
-from pipeline.loader import Batch
-from pipeline.objectives import minilmv2, total
-from pipeline.schedule import learning_rate
 from pipeline.stopping import StopRequest
 from pipeline.topology import launched_rank
-
-if TYPE_CHECKING:
-    from pipeline.run import Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,128 +26,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = StopRequest()  # first of all: a signal during start-up is a request too
     recipe, options = load_recipe(argv)
     skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
-    from pipeline.run import assemble  # loads transformers: a typo is refused before
+    # They load torch and transformers: a typo is refused before.
+    from pipeline.collectives import disconnect, naming_lost_ranks
+    from pipeline.loop import train
+    from pipeline.profiling import profiling
+    from pipeline.run import assemble
 
     with naming_lost_ranks(launched_rank()):
         run = assemble(recipe, stop, deepspeed=options.deepspeed, allow_change=options.allow_change)
-        status = EXIT_FINISHED if run is None else train(run)
+        status = EXIT_FINISHED
+        if run is not None:
+            folder = Path(recipe.output_dir) / "profile"
+            with profiling(folder, enabled=options.profile, rank=run.topology.rank) as after_step:
+                status = train(run, after_step)
         disconnect()
     return status
-
-
-def train(run: Run) -> int:
-    """The loop: step, log, evaluate, save. Saving comes last, so a checkpoint covers the rest."""
-    train = run.recipe.train
-    while run.state.step < train.max_steps:
-        stop = train_step(run)
-        done, is_last = run.state.step, run.state.step == train.max_steps
-        if train.eval_every and (is_last or done % train.eval_every == 0):
-            run.evaluate()
-        if is_last or stop or done % train.save_every == 0:
-            run.save()
-        if stop and not is_last:
-            return EXIT_STOPPED
-    run.finish()
-    return EXIT_FINISHED
-
-
-def train_step(run: Run) -> bool:
-    """One optimizer step over the ranks' shares of its batch.
-
-    Returns:
-        Whether any rank was asked to stop.
-
-    Raises:
-        RunError: a loss or gradient is not finite on some rank; the weights are as before.
-    """
-    started = time.perf_counter()
-    step, world_size, recipe = run.state.step, run.topology.world_size, run.recipe
-    batches: list[Batch] = []
-
-    def read() -> int:
-        batches.extend(run.loader.micro_batches(step))
-        return sum(batch.num_tokens for batch in batches)
-
-    num_tokens = sum(agree(read))  # over all ranks; damaged data on one rank ends all of them
-    sums = []
-    for number, batch in enumerate(batches):
-        torch.manual_seed(dropout_seed(recipe.seed, batch))
-        batch = batch.to(run.device)
-        targets = run.teacher(batch)
-        losses = minilmv2(run.engine(batch), targets, batch.cu_seqlens, recipe.objective)
-        # The engine averages over micro-batches and ranks; the loss is the mean over tokens.
-        share = batch.num_tokens * len(batches) * world_size / num_tokens
-        run.engine.backward(total(losses, recipe.objective) * share)
-        sums.append(torch.stack(list(losses.values())).detach().double() * batch.num_tokens)
-        if number < len(batches) - 1:
-            run.engine.between_micro_batches()
-    sums_per_batch = torch.stack(sums)
-    stop = check_step(run, sums_per_batch, batches)
-    rate = learning_rate(step, recipe.train)
-    result = run.engine.step(rate)
-    if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
-        on_rank_0(lambda: refuse_gradient(run))
-    if run.row_log is not None:
-        rows = [row for batch in batches for row in batch.row_ids]
-        run.row_log.write({"step": step + 1, "rows": rows})
-    run.advance(num_tokens, time.perf_counter() - started)
-    done = run.state.step
-    if done % recipe.train.log_every == 0 or done in (1, recipe.train.max_steps):
-        run.log(sums_per_batch.sum(0), num_tokens, rate, result)
-    return stop
-
-
-def dropout_seed(seed: int, batch: Batch) -> int:
-    """Dropout belongs to the rows: whoever reads a batch, and whenever, draws the same masks.
-
-    Hashed into 32 bits, which is all that torch's CPU generator takes in.
-    """
-    name = f"{seed}/{batch.first_position}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
-
-
-def check_step(run: Run, sums_per_batch: torch.Tensor, batches: Sequence[Batch]) -> bool:
-    """Let all ranks agree that every loss is finite, and whether to stop after this step.
-
-    Args:
-        run: the run.
-        sums_per_batch: [batches, relations], the losses of this rank's batches.
-        batches: this rank's batches of the step.
-
-    Raises:
-        RunError: on the rank whose loss is not finite, naming step, rank and rows.
-    """
-    finite = sums_per_batch.isfinite().all(dim=1)
-    flags = torch.stack([~finite.all(), torch.tensor(run.stop.requested(), device=run.device)])
-    is_bad, stop = all_max(flags.int()).bool().tolist()
-    if is_bad:
-        agree(lambda: refuse_loss(run, finite.tolist(), batches))
-    return bool(stop)
-
-
-def refuse_loss(run: Run, finite: Sequence[bool], batches: Sequence[Batch]) -> None:
-    """Name what this rank's non-finite losses come from, if it has any."""
-    rows = [
-        row for ok, batch in zip(finite, batches, strict=True) if not ok for row in batch.row_ids
-    ]
-    if rows:
-        raise RunError(
-            f"step {run.state.step + 1}, rank {run.topology.rank}: the loss of rows {rows} is not "
-            "finite, so all ranks stop before the update and the last checkpoint is sound; look at "
-            "those rows and at the teacher's output, or lower train.learning_rate"
-        )
-
-
-def refuse_gradient(run: Run) -> None:
-    """Name the step whose gradient, summed over ranks, is not finite although every loss is."""
-    batch_size = run.recipe.train.batch_size
-    first = run.state.step * batch_size
-    rows = list(run.loader.order.row_ids(range(first, first + batch_size)))
-    raise RunError(
-        f"step {run.state.step + 1}, ranks 0 to {run.topology.world_size - 1}: the gradient of "
-        f"rows {rows} is not finite though every loss is, so all ranks stop before the update and "
-        "the last checkpoint is sound; lower train.learning_rate or use bf16"
-    )
 
 
 if __name__ == "__main__":

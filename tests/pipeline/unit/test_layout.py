@@ -45,7 +45,7 @@ def modules_of(package: str) -> list[str]:
 
 def test_the_sources_are_found() -> None:
     assert {"pipeline.train", "pipeline.relation_kl", "data_prep.build_shards"} <= SOURCES.keys()
-    assert IMPORTS["pipeline.train"] >= {"pipeline.run", "torch", "data_prep.command"}
+    assert IMPORTS["pipeline.loop"] >= {"pipeline.run", "torch", "data_prep.command"}
 
 
 @pytest.mark.parametrize("module", modules_of("pipeline"))

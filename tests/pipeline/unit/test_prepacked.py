@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.prepacked import PrepackedLinear, can_prepack, prepack
+from pipeline.prepacked import PrepackedLinear, PrepackedOutput, can_prepack, prepack
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -41,3 +41,15 @@ def test_all_linear_layers_below_a_module_are_replaced() -> None:
     prepack(model)
     assert len([m for m in model.modules() if isinstance(m, PrepackedLinear)]) == 2
     assert not [m for m in model.modules() if isinstance(m, nn.Linear)]
+
+
+def test_an_output_adds_the_residual_before_it_rounds() -> None:
+    torch.manual_seed(0)
+    linear, norm = nn.Linear(96, 48).bfloat16(), nn.LayerNorm(48).bfloat16()
+    x, residual = torch.randn(1, 500, 96).bfloat16(), torch.randn(1, 500, 48).bfloat16()
+    with torch.inference_mode():
+        ours = PrepackedOutput(linear, norm)(x, residual).double()
+        apart = norm(linear(x) + residual).double()
+        exact = norm.double()(linear.double()(x.double()) + residual.double())
+    assert (ours - exact).abs().max() <= 2**-7 * float(exact.abs().max())
+    assert (ours - exact).abs().mean() < (apart - exact).abs().mean()

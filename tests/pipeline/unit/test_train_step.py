@@ -15,9 +15,9 @@ from data_prep.command import RunError
 from pipeline.config import Recipe
 from pipeline.engine import StepResult
 from pipeline.loader import Batch
+from pipeline.loop import train_step
 from pipeline.objectives import QKV, minilmv2, total
 from pipeline.topology import Topology
-from pipeline.train import train_step
 
 LENGTHS = [(5, 2), (1,), (9, 1, 3), (4,)]  # of the segments of each micro-batch
 
@@ -138,7 +138,7 @@ def test_a_rank_weighs_its_tokens_among_all_ranks(make_run, monkeypatch) -> None
         total(whole_batch_losses(run), run.recipe.objective), run.engine.table
     )
     run.topology = dataclasses.replace(run.topology, world_size=2)
-    monkeypatch.setattr("pipeline.train.agree", lambda work: [work(), 15])
+    monkeypatch.setattr("pipeline.loop.agree", lambda work: [work(), 15])
     train_step(run)
     assert run.engine.table.grad is not None
     torch.testing.assert_close(
