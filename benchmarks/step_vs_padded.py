@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Compare the losses, measure, report."""
     parser = arguments(__doc__)
     add_shape_arguments(parser, batches=2, rows_per_batch=16)
-    parser.add_argument("--sequences", type=int, default=32, help="padded paragraphs a micro-batch")
+    parser.add_argument("--sequences", type=int, default=8, help="padded paragraphs a micro-batch")
     parser.add_argument("--repeats", type=int, default=3, help="timed steps of each")
     parser.add_argument("--threads", type=int, help="of the CPU; default: all cores")
     options = parser.parse_args(argv)
