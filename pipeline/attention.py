@@ -111,9 +111,10 @@ def attention_in_c(
 ) -> torch.Tensor:
     """On a CPU with AVX512-BF16: pipeline/native/attention.c. bf16, d a multiple of 16."""
     seed = int(torch.randint(-(2**63), 2**63 - 1, ())) if dropout else 0
+    longest = int(cu_seqlens.diff().max())  # the kernel's memory depends on it: not taken on trust
     rows = (_side_by_side(x) for x in (query, key, value))
     out: torch.Tensor = _AttentionInC.apply(  # type: ignore[no-untyped-call]
-        *rows, cu_seqlens.int(), max_seqlen, scale, dropout, seed
+        *rows, cu_seqlens.int(), longest, scale, dropout, seed
     )
     return out
 
@@ -126,7 +127,7 @@ class _AttentionInC(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         cu_seqlens: torch.Tensor,
-        max_seqlen: int,
+        longest: int,
         scale: float,
         dropout: float,
         seed: int,
@@ -138,7 +139,7 @@ class _AttentionInC(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[:3])
         lse = torch.empty(num_tokens, heads) if trains else None
         segments = cu_seqlens.numel() - 1
-        ctx.arguments = (segments, heads, d, max_seqlen, scale, dropout, seed)
+        ctx.arguments = (segments, heads, d, longest, scale, dropout, seed)
         _check(
             library.attention_forward(
                 *map(address, (query, key, value)),
@@ -149,7 +150,7 @@ class _AttentionInC(torch.autograd.Function):
                 address(lse),
                 torch.get_num_threads(),
             ),
-            max_seqlen,
+            longest,
         )
         if trains:
             ctx.save_for_backward(query, key, value, cu_seqlens, out, lse)
@@ -176,9 +177,9 @@ class _AttentionInC(torch.autograd.Function):
         return (*gradients, *(None,) * 5)
 
 
-def _check(failed: int, max_seqlen: int) -> None:
+def _check(failed: int, longest: int) -> None:
     if failed:
-        raise MemoryError(f"no memory for attention over segments of {max_seqlen} tokens")
+        raise MemoryError(f"no memory for attention over segments of {longest} tokens")
 
 
 def _side_by_side(x: torch.Tensor) -> torch.Tensor:

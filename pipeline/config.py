@@ -27,12 +27,13 @@ class Teacher:
     Args:
         model: hub id or folder.
         layer: 1-based layer whose queries, keys and values are the target; null is the last.
-        dtype: that the teacher computes in.
+        dtype: that the teacher computes in; float8 is bfloat16 with 8-bit products in all layers
+            but the last one's, on GPUs from Hopper on (a CPU computes the same, slowly).
     """
 
     model: str
     layer: int | None = None
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    dtype: Literal["bfloat16", "float16", "float32", "float8"] = "bfloat16"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

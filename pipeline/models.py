@@ -20,6 +20,7 @@ from pipeline.attention import PACKED, packed_attention
 from pipeline.config import Recipe, Student
 from pipeline.dropout import replace_dropout
 from pipeline.embedding import StepEmbedding
+from pipeline.float8 import CAPABILITY, to_float8
 from pipeline.loader import Batch
 from pipeline.objectives import QKV
 from pipeline.prepacked import PrepackedLinear, PrepackedOutput, can_prepack, prepack
@@ -186,11 +187,22 @@ def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
     """
     config = read_config("teacher.model", recipe.teacher.model)
     config.num_hidden_layers = recipe.teacher.layer or config.num_hidden_layers
-    dtype = getattr(torch, recipe.teacher.dtype)
+    is_float8 = recipe.teacher.dtype == "float8"
+    if is_float8 and device.type == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
+        needed = ".".join(map(str, CAPABILITY))
+        raise ConfigError(
+            f"teacher.dtype=float8 needs a GPU of compute capability {needed} or above, "
+            f"{torch.cuda.get_device_name()} is below; use bfloat16"
+        )
+    dtype = torch.bfloat16 if is_float8 else getattr(torch, recipe.teacher.dtype)
     model = _load("teacher.model", recipe.teacher.model, config, dtype, add_pooling_layer=False)
     encoder = CutEncoder(model).to(device).requires_grad_(False)
-    if can_prepack(encoder):
-        for layer in encoder.model.encoder.layer[:-1]:
+    *layers, _ = encoder.model.encoder.layer
+    if is_float8:
+        for layer in layers:  # the last one's products are the targets themselves
+            to_float8(layer)
+    elif can_prepack(encoder):
+        for layer in layers:
             _fuse_gelu(layer.intermediate)
             for part in (layer.attention, layer):
                 part.output = PrepackedOutput(part.output.dense, part.output.LayerNorm)

@@ -65,10 +65,11 @@ def prepack(module: nn.Module) -> None:
 
 
 def can_prepack(model: nn.Module) -> bool:
-    """Whether the model's weights are bf16 on a CPU whose torch has oneDNN."""
+    """Whether the model's weights are bf16 on a CPU for which oneDNN has bf16 kernels."""
     weights = next(model.parameters())
     return (
         weights.device.type == "cpu"
         and weights.dtype == torch.bfloat16
         and torch.backends.mkldnn.is_available()
+        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

@@ -34,11 +34,14 @@ def load(name: str) -> ctypes.CDLL | None:
             built = Path(folder) / f"{name}.so"
             command = [compiler, *FLAGS, "-o", str(built), str(source), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True)
+            reason = f"{compiler} does not compile {source}: {done.stderr.strip()[-200:]}"
             if done.returncode == 0:
-                return ctypes.CDLL(str(built))  # stays loaded when the file is gone
-        reason = f"{compiler} does not compile {source}: {done.stderr.strip()[-200:]}"
+                try:
+                    return ctypes.CDLL(str(built))  # stays loaded when the file is gone
+                except OSError as error:  # a temporary folder from which nothing may be executed
+                    reason = f"{error}; set TMPDIR to a folder that allows it"
     warnings.warn(
-        f"{name} on this CPU takes several times longer ({reason}); install gcc", stacklevel=2
+        f"{name} on this CPU takes several times longer ({reason}); gcc makes it fast", stacklevel=2
     )
     return None
 

@@ -233,3 +233,11 @@ def test_it_is_called_as_transformers_calls_attention(
     expected = oracle(q.double(), k.double(), v.double(), BOUNDS, scaling or WIDTH**-0.5)
     tolerance = 2e-6 if dtype == torch.float32 else BF16
     torch.testing.assert_close(out[0].double(), expected, rtol=0, atol=3 * tolerance)
+
+
+@needs_c
+def test_a_longest_segment_that_is_said_too_short_does_no_harm() -> None:
+    inputs = vectors(torch.bfloat16, tokens=200)
+    cu_seqlens = torch.tensor([0, 200], dtype=torch.int32)
+    said_short = attention_in_c(*inputs, cu_seqlens, 3, 0.25, 0.0)
+    assert torch.equal(said_short, attention_in_c(*inputs, cu_seqlens, 200, 0.25, 0.0))

@@ -508,11 +508,22 @@ def test_keys_of_one_model_alone_are_refused() -> None:
 
 def test_without_a_compiler_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.warns(UserWarning, match="several times longer .*install gcc"):
+    with pytest.warns(UserWarning, match="several times longer .*gcc makes it fast"):
         assert load.__wrapped__("relation_kl") is None
 
 
 def test_a_compiler_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CC", "false")
     with pytest.warns(UserWarning, match="false does not compile"):
+        assert load.__wrapped__("relation_kl") is None
+
+
+def test_a_folder_from_which_nothing_can_be_loaded_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(path: str) -> None:
+        raise OSError(f"{path}: failed to map segment from shared object")
+
+    monkeypatch.setattr("pipeline.native.ctypes.CDLL", refuse)
+    with pytest.warns(UserWarning, match="failed to map segment.*set TMPDIR"):
         assert load.__wrapped__("relation_kl") is None
