@@ -1,6 +1,6 @@
 """Tokens per second that the loader gives a rank, on one core, every check and the disk included.
 
-    python -m benchmarks.loader [--tokens 12000000] [--json]
+    python benchmarks/loader.py [--tokens 12000000] [--json]
 
 Writes shards of random ids with the project's own writer and reads each row once, in the order of
 training. The process keeps to one core, so the thread that reads ahead takes the time that it
@@ -14,10 +14,13 @@ import collections
 import functools
 import itertools
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import numpy.typing as npt

@@ -13,7 +13,6 @@ import json
 import os
 import sys
 import time
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +29,7 @@ from data_prep.command import (
     ElsewhereError,
     RunError,
     parse_recipe,
+    print_traceback,
     run_command,
 )
 from data_prep.config import Prep, PrepRecipe, check_prep_recipe
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if ranks.size > 1:  # the others are waiting for this rank
             if not isinstance(error, KeyboardInterrupt):
-                traceback.print_exc()
+                print_traceback()
             ranks.abort(EXIT_FAILED)
         raise
     return EXIT_FINISHED

@@ -72,13 +72,23 @@ def run_command(
         status = request.code if isinstance(request.code, int) else EXIT_FAILED
     except BaseException:
         status = EXIT_FAILED
-        traceback.print_exc()
+        print_traceback()
     sys.stdout.flush()
     sys.stderr.flush()
     if status == EXIT_FINISHED:
         sys.exit(status)
     leave(status)
     raise AssertionError("unreachable: `leave` ends the process")
+
+
+def print_traceback() -> None:
+    """The current exception's traceback on stderr, in one piece.
+
+    Line by line, a launcher that ends the ranks at the first sign of trouble may pass on the first
+    line alone.
+    """
+    sys.stderr.write(traceback.format_exc())
+    sys.stderr.flush()
 
 
 def one_line(error: object) -> str:

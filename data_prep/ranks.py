@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +19,8 @@ from data_prep.command import (
 
 _LAUNCHER_MARKS = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK", "MPI_LOCALRANKID", "PMI_FD")
 T = TypeVar("T")
+
+FORWARDED = 0.2  # seconds in which mpirun reads what a rank said, before it ends them all
 
 
 class Ranks(Protocol):
@@ -63,6 +66,7 @@ class _MpiRanks:
 
     def abort(self, status: int) -> None:
         sys.stderr.flush()
+        time.sleep(FORWARDED)
         self._world.Abort(status)
 
 
