@@ -17,7 +17,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.command import ConfigError, RunError, one_line
-from data_prep.durable import durable_write
+from data_prep.durable import durable_write, write_durably
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -252,11 +251,7 @@ def parse_block(
 
 def publish(folder: Path, manifest: Manifest) -> None:
     """Write the manifest atomically and durably: from now on the folder is a data set."""
-    with durable_write(folder / MANIFEST) as stream:
-        stream.write(manifest.to_json().encode())
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    write_durably(folder / MANIFEST, manifest.to_json())
 
 
 class ShardReader:
