@@ -7,7 +7,8 @@ the step makes the whole from them.
 
 A row's sum over a micro-batch is rounded to the weight's precision, as every other gradient is. The
 sum of those over the step is handed on in the weight's `grad_dtype`: with fp32 it is exact as a
-rule, so that a step is the same for any split over ranks (ZeRO 1; stage 2 rounds it to bf16).
+rule, so that a step is the same for any split over ranks. The engine asks for this under ZeRO 1
+alone; otherwise every micro-batch counts as the last.
 """
 
 from __future__ import annotations

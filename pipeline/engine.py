@@ -242,7 +242,9 @@ class Engine:
             raise ConfigError(
                 f"DeepSpeed refuses the ds_config ({one_line(error)}); correct that key"
             ) from error
-        if self.stage < 3:  # stage 3 clears its sums only where a step's first pass reaches them
+        # Stage 2 would round the step's sum to its bf16 bucket, so ranks would share rounded sums;
+        # stage 3 clears its sums only where a step's first pass reaches them.
+        if self.stage == 1:
             words.is_last = self._engine.is_gradient_accumulation_boundary
 
     def train(self, mode: bool) -> None:
