@@ -54,7 +54,8 @@ def packed_attention(
         attend = attention_in_c
     else:
         attend = attention_by_segment
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    # squeeze, whose gradient is a view: that of indexing is a copy into zeros
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     return attend(q, k, v, cu_seqlens, max_seqlen, scale, dropout)[None], None
 
 

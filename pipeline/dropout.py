@@ -24,6 +24,11 @@ def dropout_mask(like: torch.Tensor, p: float) -> torch.Tensor:
     return (noise >= dropped - _LEVELS // 2).to(like.dtype).mul_(_LEVELS / (_LEVELS - dropped))
 
 
+def dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+    """The input, of any shape, with elements dropped with probability `p` and the others scaled."""
+    return x * dropout_mask(x, p) if p > 0 else x
+
+
 class Dropout(nn.Module):
     """As `torch.nn.Dropout`, four times as fast on a CPU.
 
@@ -37,7 +42,7 @@ class Dropout(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The input, of any shape, with elements dropped and the others scaled up."""
-        return x * dropout_mask(x, self.p) if self.training and self.p > 0 else x
+        return dropout(x, self.p if self.training else 0.0)
 
 
 def replace_dropout(module: nn.Module) -> None:

@@ -8,7 +8,7 @@ the step makes the whole from them.
 A row's sum over a micro-batch is rounded to the weight's precision, as every other gradient is. The
 sum of those over the step is handed on in the weight's `grad_dtype`: with fp32 it is exact as a
 rule, so that a step is the same for any split over ranks. The engine asks for this under ZeRO 1
-alone; otherwise every micro-batch counts as the last.
+and 2; under ZeRO 3 every micro-batch counts as the last.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from torch.profiler import record_function
 
 from data_prep.command import ConfigError, RunError, one_line
 from pipeline.config import Recipe, flatten
+from pipeline.fused_layers import fuse
 from pipeline.loader import Batch
 from pipeline.models import CutEncoder
 from pipeline.objectives import QKV
@@ -208,6 +209,7 @@ class Engine:
         load_universal: bool,
     ) -> None:
         deepspeed = _import_deepspeed()
+        fuse(student)
         self.fp16 = bool(ds_config.get("fp16", {}).get("enabled", False))
         self.stage = int(ds_config["zero_optimization"]["stage"])
         train = recipe.train
@@ -228,6 +230,11 @@ class Engine:
         words = student.word_embeddings
         if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
             words.weight.grad_dtype = torch.float32  # not rounded on the way to where it is added
+        zero = dict(ds_config["zero_optimization"])
+        if self.stage == 2:
+            # A gradient that fits the bucket is rounded to bf16 on its way; a larger one is not.
+            bucket = zero.get("reduce_bucket_size", words.weight.numel())
+            zero["reduce_bucket_size"] = min(bucket, words.weight.numel() - 1)
         # Ranks that disagree on a tag would write two halves of two checkpoints.
         checkpoint = {"tag_validation": "Fail", "load_universal": load_universal}
         try:
@@ -236,15 +243,13 @@ class Engine:
                     model=student,
                     optimizer=self._adamw,
                     model_parameters=list(student.parameters()),
-                    config={**ds_config, "checkpoint": checkpoint},
+                    config={**ds_config, "zero_optimization": zero, "checkpoint": checkpoint},
                 )
         except (ValueError, AssertionError, TypeError) as error:  # pydantic's and DeepSpeed's own
             raise ConfigError(
                 f"DeepSpeed refuses the ds_config ({one_line(error)}); correct that key"
             ) from error
-        # Stage 2 would round the step's sum to its bf16 bucket, so ranks would share rounded sums;
-        # stage 3 clears its sums only where a step's first pass reaches them.
-        if self.stage == 1:
+        if self.stage < 3:  # which clears its sums only where a step's first pass reaches them
             words.is_last = self._engine.is_gradient_accumulation_boundary
 
     def train(self, mode: bool) -> None:

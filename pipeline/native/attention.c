@@ -12,30 +12,12 @@
 #include "simd.h"
 
 #ifdef __AVX512BF16__
-#include <immintrin.h>
 
 #define QUERIES 32 /* rows of a block of scores */
 
-typedef uint16_t bf16;
 typedef uint32_t pair;
 
 const int supported = 1;
-
-static inline float to_float(bf16 x) {
-  const uint32_t bits = (uint32_t)x << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-/* 16 floats to bf16, rounded to nearest even. */
-static inline __m256i rounded(const float *x) {
-  return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x));
-}
-
-static inline void store_bf16(bf16 *to, const float *from, int n) { /* n: a multiple of LANES */
-  for (int i = 0; i < n; i += LANES) _mm256_storeu_si256((__m256i *)(to + i), rounded(from + i));
-}
 
 /* R x V vectors of the product in registers. R and V are constants where this is inlined. */
 static inline __attribute__((always_inline)) void tile(const int R, const int V, int depth,
@@ -122,40 +104,10 @@ static void pair_tokens_transposed(const bf16 *x, int64_t stride, int n, int d, 
 /* Two rows of floats -> a row of pairs. */
 static void pair_rows(const float *even, const float *odd, int n, pair *pairs) {
   for (int j = 0; j < n; j += LANES) {
-    const __m512i low = _mm512_cvtepu16_epi32(rounded(even + j));
-    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded(odd + j)), 16);
-    _mm512_storeu_si512(pairs + j, _mm512_or_si512(low, high));
+    const words low = __builtin_convertvector(rounded(load(even + j)), words);
+    const words high = __builtin_convertvector(rounded(load(odd + j)), words);
+    store((float *)pairs + j, (vec)(low | high << 16));
   }
-}
-
-/* A 32-bit hash in which every bit of the argument counts (Wellons, "lowbias32"). */
-static inline uint32_t hash(uint32_t x) {
-  x ^= x >> 16;
-  x *= 0x7feb352du;
-  x ^= x >> 15;
-  x *= 0x846ca68bu;
-  return x ^ (x >> 16);
-}
-
-typedef struct {
-  uint64_t seed;
-  uint32_t dropped; /* of 2^32 */
-  float kept_scale;
-} Dropout;
-
-static Dropout make_dropout(double p, uint64_t seed) {
-  const Dropout dropout = {seed, (uint32_t)(p * 4294967296.0), (float)(1.0 / (1.0 - p))};
-  return dropout;
-}
-
-/* The place of a row of scores; with the key's number it says what is dropped. */
-static inline uint32_t row_hash(Dropout dropout, int head, int token) {
-  const uint32_t place = hash((uint32_t)token + hash((uint32_t)head + (uint32_t)dropout.seed));
-  return hash(place ^ (uint32_t)(dropout.seed >> 32));
-}
-
-static inline float keep(uint32_t row, int key, Dropout dropout) {
-  return hash(row + 0x9e3779b9u * (uint32_t)key) >= dropout.dropped ? dropout.kept_scale : 0.0f;
 }
 
 int attention_forward(const bf16 *query, const bf16 *key, const bf16 *value, int64_t stride,
@@ -196,30 +148,26 @@ int attention_forward(const bf16 *query, const bf16 *key, const bf16 *value, int
           for (int r = 0; r < rows; r++) {
             float *restrict s = ALIGNED(scores + r * padded);
             for (int j = n; j < padded; j++) s[j] = LOWEST;
-            float largest = LOWEST, sum = 0.0f;
-#pragma omp simd reduction(max : largest)
-            for (int j = 0; j < padded; j++) largest = s[j] > largest ? s[j] : largest;
-#pragma omp simd reduction(+ : sum)
-            for (int j = 0; j < padded; j++) {
-              s[j] = exp_of_negative((s[j] - largest) * scale);
-              sum += s[j];
+            vec maxima = (vec){} + LOWEST, sums_of_lanes = {};
+            for (int j = 0; j < padded; j += LANES) maxima = larger(maxima, load(s + j));
+            const float largest = largest_lane(maxima);
+            const uint32_t row = row_hash(dropout, head, first + i + r);
+            for (int j = 0; j < padded; j += LANES) {
+              vec weight = exp_of_negative((load(s + j) - largest) * scale);
+              sums_of_lanes += weight;
+              if (dropout.dropped) weight *= keep(row, j, dropout);
+              store_bf16(weights + r * padded + j, weight);
             }
+            const float sum = sum_lanes(sums_of_lanes);
             reciprocal[r] = 1.0f / sum;
             if (lse != NULL)
               lse[(int64_t)(first + i + r) * heads + head] = largest * scale + logf(sum);
-            if (dropout.dropped) {
-              const uint32_t row = row_hash(dropout, head, first + i + r);
-#pragma omp simd
-              for (int j = 0; j < padded; j++) s[j] *= keep(row, j, dropout);
-            }
-            store_bf16(weights + r * padded, s, padded);
           }
           multiply(rows, d, padded / 2, (const pair *)weights, padded / 2, values, d, sums, d, 0);
           for (int r = 0; r < rows; r++) {
-            float *restrict row = sums + r * d;
-#pragma omp simd
-            for (int c = 0; c < d; c++) row[c] *= reciprocal[r];
-            store_bf16(out + (first + i + r) * width + head * d, row, d);
+            bf16 *row = out + (first + i + r) * width + head * d;
+            for (int c = 0; c < d; c += LANES)
+              store_bf16(row + c, load(sums + r * d + c) * reciprocal[r]);
           }
         }
       }
@@ -282,29 +230,20 @@ int attention_backward(const bf16 *query, const bf16 *key, const bf16 *value, in
             const int64_t token = first + i + r;
             const bf16 *o = out + token * width + head * d, *d_o = d_out + token * width + head * d;
             const float normaliser = lse[token * heads + head];
-            float delta = 0.0f; /* sum_j weight_ij dweight_ij = out_i . d_out_i */
-#pragma omp simd reduction(+ : delta)
-            for (int c = 0; c < d; c++) delta += to_float(o[c]) * to_float(d_o[c]);
+            vec products = {};
+            for (int c = 0; c < d; c += LANES) products += load_bf16(o + c) * load_bf16(d_o + c);
+            const float delta = sum_lanes(products); /* sum_j weight_ij dweight_ij = out_i . d_out_i */
             for (int j = n; j < padded; j++) pr[j] = LOWEST;
-            if (dropout.dropped) {
-              const uint32_t row = row_hash(dropout, head, (int)token);
-#pragma omp simd
-              for (int j = 0; j < padded; j++) {
-                const float kept = keep(row, j, dropout);
-                const float x = pr[j] * scale - normaliser;
-                const float weight = exp_of_negative(x > 0.0f ? 0.0f : x);
-                gr[j] = weight * (gr[j] * kept - delta);
-                pr[j] = weight * kept;
-              }
-            } else {
-#pragma omp simd
-              for (int j = 0; j < padded; j++) {
-                const float x = pr[j] * scale - normaliser;
-                pr[j] = exp_of_negative(x > 0.0f ? 0.0f : x);
-                gr[j] = pr[j] * (gr[j] - delta);
-              }
+            const uint32_t row = row_hash(dropout, head, (int)token);
+            for (int j = 0; j < padded; j += LANES) {
+              const vec x = load(pr + j) * scale - normaliser;
+              const vec weight = exp_of_negative(-larger(-x, (vec){}));
+              const vec kept = dropout.dropped ? keep(row, j, dropout) : (vec){} + 1.0f;
+              const vec gradient = weight * (load(gr + j) * kept - delta);
+              store(gr + j, gradient);
+              store(pr + j, weight * kept);
+              store_bf16(g_rows + r * padded + j, gradient);
             }
-            store_bf16(g_rows + r * padded, gr, padded);
           }
           if (even_rows > rows) {
             memset(p + rows * padded, 0, sizeof(float) * padded);
@@ -316,10 +255,8 @@ int attention_backward(const bf16 *query, const bf16 *key, const bf16 *value, in
           }
           multiply(rows, d, padded / 2, (const pair *)g_rows, padded / 2, key_rows, d, sums, d, 0);
           for (int r = 0; r < rows; r++) {
-            float *restrict row = sums + r * d;
-#pragma omp simd
-            for (int c = 0; c < d; c++) row[c] *= scale;
-            store_bf16(d_query + to + (i + r) * width, row, d);
+            bf16 *row = d_query + to + (i + r) * width;
+            for (int c = 0; c < d; c += LANES) store_bf16(row + c, load(sums + r * d + c) * scale);
           }
           multiply(d, padded, even_rows / 2, queries_t + i / 2, all_rows / 2, g_pairs, padded,
                    d_keys, padded, i > 0);
@@ -332,8 +269,10 @@ int attention_backward(const bf16 *query, const bf16 *key, const bf16 *value, in
             k[c] = scale * d_keys[c * padded + j];
             v[c] = d_values[c * padded + j];
           }
-          store_bf16(d_key + to + j * width, k, d);
-          store_bf16(d_value + to + j * width, v, d);
+          for (int c = 0; c < d; c += LANES) {
+            store_bf16(d_key + to + j * width + c, load(k + c));
+            store_bf16(d_value + to + j * width + c, load(v + c));
+          }
         }
       }
     free(memory);

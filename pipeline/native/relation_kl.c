@@ -2,7 +2,7 @@
 
    Their scores stay in the first-level cache from the product to the gradient, so nothing of
    size n x n exists. Channels of a segment are laid out along its tokens, hence every inner loop
-   runs over adjacent keys and the compiler vectorises it. Rows end in padding up to a multiple of
+   runs over vectors of adjacent keys. Rows end in padding up to a multiple of
    LANES, whose scores are so low that their probability is nothing.
 
    Every (head, segment) writes to places of its own and sums in a fixed order: the result does not
@@ -11,7 +11,7 @@
 #include "simd.h"
 
 #define QUERIES 4  /* rows of scores at a time, so that what is read of the keys serves all */
-#define CHANNELS 4 /* channels that one sweep over the keys takes in, to save loads and stores */
+#define CHANNELS 4 /* of the gradient at a time: with QUERIES as many sums as there are LANES */
 
 /* vectors [n, width], head's columns -> channels [depth][padded], zero beyond n and beyond d. */
 static void lay_out(const float *vectors, int width, int d, int n, int padded, int depth,
@@ -21,70 +21,53 @@ static void lay_out(const float *vectors, int width, int d, int n, int padded, i
     for (int c = 0; c < d; c++) channels[c * padded + j] = vectors[(int64_t)j * width + c];
 }
 
-/* scores[r][j] = scale * sum_c query[c][r] keys[c][j] for QUERIES rows; LOWEST in the padding. */
-static void score(const float *query, const float *keys, int depth, int n, int padded, float scale,
-                  float *restrict scores) {
-  float *restrict out = ALIGNED(scores);
-  for (int c = 0; c < depth; c += CHANNELS) {
-    float q[CHANNELS][QUERIES];
-    for (int b = 0; b < CHANNELS; b++)
-      for (int r = 0; r < QUERIES; r++) q[b][r] = scale * query[(c + b) * padded + r];
-    const float *k0 = ALIGNED(keys + c * padded), *k1 = ALIGNED(k0 + padded);
-    const float *k2 = ALIGNED(k1 + padded), *k3 = ALIGNED(k2 + padded);
-    if (c == 0) memset(out, 0, sizeof(float) * QUERIES * padded);
-    for (int r = 0; r < QUERIES; r++) {
-      float *restrict row = ALIGNED(out + r * padded);
-      const float q0 = q[0][r], q1 = q[1][r], q2 = q[2][r], q3 = q[3][r];
-#pragma omp simd
-      for (int j = 0; j < padded; j++)
-        row[j] += q0 * k0[j] + q1 * k1[j] + (q2 * k2[j] + q3 * k3[j]);
+/* scores[r][j] = scale * sum_c query[c][r] keys[c][j] + absent[j] for QUERIES rows.
+   Sets `largest` to what is largest in each lane. */
+static inline void score(const float *query, const float *keys, const float *absent, int depth,
+                         int padded, float scale, float *scores, vec largest[QUERIES]) {
+  vec maxima[QUERIES];
+  UNROLLED for (int r = 0; r < QUERIES; r++) maxima[r] = (vec){} + LOWEST;
+  for (int j = 0; j < padded; j += LANES) {
+    vec sum[QUERIES] = {}, odd[QUERIES] = {}; /* two sums: additions that need not wait */
+    for (int c = 0; c < depth; c += 2) {
+      const float *at = keys + c * padded + j, *q = query + c * padded;
+      const vec key = load(at), next = load(at + padded);
+      UNROLLED for (int r = 0; r < QUERIES; r++) sum[r] += key * q[r];
+      UNROLLED for (int r = 0; r < QUERIES; r++) odd[r] += next * q[padded + r];
+    }
+    const vec lowest = load(absent + j);
+    UNROLLED for (int r = 0; r < QUERIES; r++) {
+      sum[r] = (sum[r] + odd[r]) * scale + lowest;
+      store(scores + r * padded + j, sum[r]);
+      maxima[r] = larger(maxima[r], sum[r]);
     }
   }
-  for (int r = 0; r < QUERIES; r++)
-    for (int j = n; j < padded; j++) out[r * padded + j] = LOWEST;
-}
-
-/* Sets e[j] = exp(s[j] - max s) and returns log(sum exp s) with the reciprocal of sum e. */
-static float exponentials(const float *scores, float *restrict exponentials, int padded,
-                          float *reciprocal) {
-  const float *restrict s = ALIGNED(scores);
-  float *restrict e = ALIGNED(exponentials);
-  float largest = LOWEST, sum = 0.0f;
-#pragma omp simd reduction(max : largest)
-  for (int j = 0; j < padded; j++) largest = s[j] > largest ? s[j] : largest;
-#pragma omp simd reduction(+ : sum)
-  for (int j = 0; j < padded; j++) {
-    e[j] = exp_of_negative(s[j] - largest);
-    sum += e[j];
-  }
-  *reciprocal = 1.0f / sum;
-  return largest + logf(sum);
+  UNROLLED for (int r = 0; r < QUERIES; r++) largest[r] = maxima[r];
 }
 
 /* gradient_x[c][r] += sum_j g[r][j] y[c][j] and gradient_y[c][j] += sum_r g[r][j] x[c][r]. */
-static void add_gradients(const float *restrict g, const float *x, const float *y, int depth,
-                          int padded, float *gradient_x, float *gradient_y) {
-  const float *restrict g0 = ALIGNED(g), *restrict g1 = ALIGNED(g + padded);
-  const float *restrict g2 = ALIGNED(g + 2 * padded), *restrict g3 = ALIGNED(g + 3 * padded);
-  for (int c = 0; c < depth; c++) {
-    const float *restrict key = ALIGNED(y + c * padded);
-    float *restrict of_keys = ALIGNED(gradient_y + c * padded);
-    const float *query = x + c * padded;
-    const float q0 = query[0], q1 = query[1], q2 = query[2], q3 = query[3];
-    float sum0 = 0.0f, sum1 = 0.0f, sum2 = 0.0f, sum3 = 0.0f;
-#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
-    for (int j = 0; j < padded; j++) {
-      sum0 += g0[j] * key[j];
-      sum1 += g1[j] * key[j];
-      sum2 += g2[j] * key[j];
-      sum3 += g3[j] * key[j];
-      of_keys[j] += g0[j] * q0 + g1[j] * q1 + (g2[j] * q2 + g3[j] * q3);
+static inline void add_gradients(const float *g, const float *x, const float *y, int depth,
+                                 int padded, float *gradient_x, float *gradient_y) {
+  for (int c = 0; c < depth; c += CHANNELS) {
+    vec of_queries[CHANNELS * QUERIES] = {};
+    for (int j = 0; j < padded; j += LANES) {
+      vec row[QUERIES];
+      UNROLLED for (int r = 0; r < QUERIES; r++) row[r] = load(g + r * padded + j);
+      UNROLLED for (int b = 0; b < CHANNELS; b++) {
+        const float *query = x + (c + b) * padded;
+        float *of_keys = gradient_y + (c + b) * padded + j;
+        const vec key = load(y + (c + b) * padded + j);
+        vec sum = load(of_keys);
+        UNROLLED for (int r = 0; r < QUERIES; r++) {
+          of_queries[b * QUERIES + r] += row[r] * key;
+          sum += row[r] * query[r];
+        }
+        store(of_keys, sum);
+      }
     }
-    float *of_queries = gradient_x + c * padded;
-    of_queries[0] += sum0;
-    of_queries[1] += sum1;
-    of_queries[2] += sum2;
-    of_queries[3] += sum3;
+    const vec sums = sum_each(of_queries);
+    for (int b = 0; b < CHANNELS; b++)
+      for (int r = 0; r < QUERIES; r++) gradient_x[(c + b) * padded + r] += sums[b * QUERIES + r];
   }
 }
 
@@ -93,34 +76,46 @@ static double segment_kl(const float *x, const float *y, const float *teacher_x,
                          const float *teacher_y, int depth, int teacher_depth, int n, int padded,
                          float scale, float teacher_scale, float *gradient_x, float *gradient_y,
                          float *rows) {
-  float *scores = rows, *teacher_scores = scores + QUERIES * padded;
-  float *gradients = teacher_scores + QUERIES * padded;
-  float *restrict p = ALIGNED(gradients + QUERIES * padded);
+  float *scores = rows, *targets = scores + QUERIES * padded, *absent = targets + QUERIES * padded;
+  for (int j = 0; j < padded; j++) absent[j] = j < n ? 0.0f : LOWEST;
   double total = 0.0;
   for (int i = 0; i < n; i += QUERIES) { /* vectors beyond n are zero */
-    score(x + i, y, depth, n, padded, scale, scores);
-    score(teacher_x + i, teacher_y, teacher_depth, n, padded, teacher_scale, teacher_scores);
+    vec largest[LANES] = {};
+    score(x + i, y, absent, depth, padded, scale, scores, largest);
+    score(teacher_x + i, teacher_y, absent, teacher_depth, padded, teacher_scale, targets,
+          largest + QUERIES);
+    const vec maxima = largest_each(largest);
+
+    /* With a = s - max s and b = t - max t: KL = sum e^b (b - a) / sum e^b - log sum e^b + log sum e^a. */
+    vec sums[LANES] = {};
     for (int r = 0; r < QUERIES; r++) {
-      float *restrict s = ALIGNED(scores + r * padded);
-      float *restrict t = ALIGNED(teacher_scores + r * padded);
-      float *restrict g = ALIGNED(gradients + r * padded);
-      if (i + r >= n) {
-        memset(g, 0, sizeof(float) * padded);
-        continue;
+      vec student_sum = {}, teacher_sum = {}, product = {};
+      for (int j = 0; j < padded; j += LANES) {
+        float *s = scores + r * padded + j, *t = targets + r * padded + j;
+        const vec a = load(s) - maxima[r], b = load(t) - maxima[QUERIES + r];
+        const vec of_student = exp_of_negative(a), of_teacher = exp_of_negative(b);
+        store(s, of_student);
+        store(t, of_teacher);
+        student_sum += of_student;
+        teacher_sum += of_teacher;
+        product += of_teacher * (b - a);
       }
-      float of_student, of_teacher, kl = 0.0f;
-      const float normaliser = exponentials(s, g, padded, &of_student);
-      const float teacher_normaliser = exponentials(t, p, padded, &of_teacher);
-#pragma omp simd reduction(+ : kl)
-      for (int j = 0; j < padded; j++) {
-        const float target = of_teacher * p[j];
-        kl += target * ((t[j] - teacher_normaliser) - (s[j] - normaliser));
-        g[j] = of_student * g[j] - target;
+      sums[r] = student_sum, sums[QUERIES + r] = teacher_sum, sums[2 * QUERIES + r] = product;
+    }
+    const vec sum = sum_each(sums);
+    for (int r = 0; r < QUERIES; r++) {
+      const float of_student = sum[r], of_teacher = sum[QUERIES + r];
+      const float present = i + r < n;
+      total += present * (sum[2 * QUERIES + r] / of_teacher + logf(of_student / of_teacher));
+      if (gradient_x == NULL) continue;
+      const float student_share = present / of_student, teacher_share = present / of_teacher;
+      for (int j = 0; j < padded; j += LANES) {
+        float *g = scores + r * padded + j;
+        store(g, load(g) * student_share - load(targets + r * padded + j) * teacher_share);
       }
-      total += kl;
     }
     if (gradient_x != NULL)
-      add_gradients(gradients, x + i, y, depth, padded, gradient_x + i, gradient_y);
+      add_gradients(scores, x + i, y, depth, padded, gradient_x + i, gradient_y);
   }
   return total;
 }
@@ -143,7 +138,7 @@ int relation_kl(const float *student, const float *student_keys, const float *te
     longest = bounds[i + 1] - bounds[i] > longest ? bounds[i + 1] - bounds[i] : longest;
   const int depth = round_up(student_d, CHANNELS), teacher_depth = round_up(teacher_d, CHANNELS);
   const size_t row = round_up(longest, LANES);
-  const size_t size = sizeof(float) * row * (3 * QUERIES + 1 + 4 * depth + 2 * teacher_depth);
+  const size_t size = sizeof(float) * row * (2 * QUERIES + 1 + 4 * depth + 2 * teacher_depth);
   const float scale = 1.0f / sqrtf(student_d), teacher_scale = 1.0f / sqrtf(teacher_d);
 #pragma omp parallel num_threads(threads)
   {
