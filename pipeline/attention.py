@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nested import nested_tensor_from_jagged
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from pipeline.native import address, load
 
@@ -26,6 +27,7 @@ def packed_attention(
     max_seqlen: int,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Every token attends to its own segment only, exactly as if segments came one at a time.
@@ -42,13 +44,17 @@ def packed_attention(
         max_seqlen: tokens of the longest segment, or more.
         scaling: of the scores; None is 1/sqrt(d).
         dropout: of the attention weights.
+        sliding_window: tokens of a segment see those fewer places away than this; None is all.
         unused: whatever else transformers passes on.
 
     Returns:
         [1, T, heads, d], and no weights.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.is_cuda:
+    attend: Callable[..., torch.Tensor]
+    if sliding_window is not None and sliding_window < max_seqlen:
+        attend = functools.partial(attention_in_window, window=sliding_window)
+    elif query.is_cuda:
         attend = jagged_attention
     elif query.dtype == torch.bfloat16 and query.shape[-1] % 16 == 0 and _library() is not None:
         attend = attention_in_c
@@ -99,6 +105,44 @@ def attention_by_segment(
         for q, k, v in segments
     ]
     return torch.cat(parts, dim=1).transpose(0, 1)
+
+
+def attention_in_window(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout: float,
+    *,
+    window: int,
+) -> torch.Tensor:
+    """On any device: torch's kernel on blocks of `window` tokens with `window` - 1 on either side.
+
+    O(T x window) time and memory however long the segments are, and the host learns nothing of
+    them. Vectors are [T, heads, d].
+    """
+    num_tokens, reach = query.shape[0], window - 1
+    tail = -num_tokens % window
+    ends = (reach, reach + tail)
+    places = torch.arange(num_tokens, dtype=cu_seqlens.dtype, device=query.device)
+    segment = torch.searchsorted(cu_seqlens, places, right=True)
+    # What fills the ends is a segment of its own, so that no row of scores is all masked.
+    queries = pad(segment, (0, tail)).view(-1, window, 1)
+    keys = pad(segment, ends).unfold(0, window + 2 * reach, window)[:, None, :]
+    distance = torch.arange(window, device=query.device)[:, None] + reach
+    distance = (distance - torch.arange(window + 2 * reach, device=query.device)).abs()
+    mask = (queries == keys) & (distance < window)
+    q = pad(query, (0, 0, 0, 0, 0, tail)).unflatten(0, (-1, window)).transpose(1, 2)
+    k, v = (
+        pad(x, (0, 0, 0, 0, *ends)).unfold(0, window + 2 * reach, window).transpose(2, 3)
+        for x in (key, value)
+    )
+    out = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask[:, None], dropout_p=dropout, scale=scale
+    )
+    return out.transpose(1, 2).flatten(0, 1)[:num_tokens]
 
 
 def attention_in_c(

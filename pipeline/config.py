@@ -38,10 +38,12 @@ class Teacher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Student:
-    """The model that trains: of the teacher's family, in this shape, or one to start from.
+    """The model that trains: new, in this architecture and shape, or one to start from.
 
     Args:
         model: hub id or folder to start from, which then brings its own shape; null starts anew.
+        architecture: of a new student; null is the teacher's own where that is bert, roberta,
+            camembert or xlm-roberta, xlm-roberta for XLM-R XL, and bert for all others.
         num_hidden_layers: layers.
         hidden_size: width.
         num_attention_heads: attention heads; independent of the relation heads.
@@ -51,6 +53,7 @@ class Student:
     """
 
     model: str | None = None
+    architecture: Literal["bert", "roberta", "xlm-roberta", "modernbert"] | None = None
     num_hidden_layers: int = 6
     hidden_size: int = 384
     num_attention_heads: int = 12

@@ -22,7 +22,7 @@ from pipeline.checkpoint import State, newest_state, read_state, tag_of
 from pipeline.config import Recipe, load_recipe
 from pipeline.engine import read_weights
 from pipeline.metrics import METRICS, read_lines
-from pipeline.models import parameter_shapes
+from pipeline.models import num_word_embeddings, parameter_shapes
 
 CONFIG = "config.yaml"
 START = "student-start"  # the untrained student: its config, tokenizer and what no loss reaches
@@ -117,7 +117,7 @@ def _model_card(
                          if k.startswith(prefix)),
         heldout=heldout[-1] if heldout else None,
         num_parameters=sum(tensor.numel() for tensor in weights.values()),
-        num_embeddings=weights["embeddings.word_embeddings.weight"].numel(),
+        num_embeddings=num_word_embeddings(run / START),
         untrained=untrained,
     )  # fmt: skip
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-from collections.abc import Callable
+import itertools
+from collections import deque
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.profiler import record_function
 from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
-from transformers.activations import GELUActivation
 from transformers.utils import logging
 
 from data_prep.command import ConfigError, one_line
+from pipeline.architectures import ARCHITECTURES, architecture_of, refusal
 from pipeline.attention import PACKED, packed_attention
 from pipeline.config import Recipe, Student
 from pipeline.dropout import replace_dropout
@@ -23,69 +24,101 @@ from pipeline.embedding import StepEmbedding
 from pipeline.float8 import CAPABILITY, to_float8
 from pipeline.loader import Batch
 from pipeline.objectives import QKV
-from pipeline.prepacked import PrepackedLinear, PrepackedOutput, can_prepack, prepack
+from pipeline.prepacked import can_prepack
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
 logging.disable_progress_bar()
 AttentionInterface.register(PACKED, packed_attention)
 
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """What differs between encoders that are built like BERT (`embeddings`, `encoder.layer[i]`).
-
-    Args:
-        first_position: the position id of a segment's first token.
-    """
-
-    first_position: Callable[[Any], int]
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
 
-def _zero(config: Any) -> int:
-    return 0
-
-
-def _after_padding(config: Any) -> int:
-    return int(config.pad_token_id) + 1  # fairseq counts positions from the padding id on
-
-
-FAMILIES = {
-    "bert": Family(first_position=_zero),
-    "roberta": Family(first_position=_after_padding),
-    "camembert": Family(first_position=_after_padding),
-    "xlm-roberta": Family(first_position=_after_padding),
-}
-
-
-SHAPE_KEYS = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
-
-
-class CutEncoder(nn.Module):
-    """An encoder up to the queries, keys and values of its last layer, over packed segments.
-
-    What comes after them is taken out of the module: it would cost time, memory and, in an
-    optimizer, weight decay, and no gradient reaches it. Parameter names are the full model's.
+class Encoder(nn.Module):
+    """An encoder over packed segments, run layer by layer; parameters keep the full model's names.
 
     Args:
-        model: a transformers encoder of a known family; its last layer is the one that is cut.
+        model: a transformers encoder of a known architecture; its pooler is taken out.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        embeddings = model.embeddings
-        embeddings.word_embeddings = StepEmbedding(embeddings.word_embeddings)
-        self.first_position = FAMILIES[model.config.model_type].first_position(model.config)
-        model.pooler = None
-        last = model.encoder.layer[-1]
-        last.attention.output = last.intermediate = last.output = None
+        self.architecture = architecture_of(model.config)
+        self.architecture.drop_pooler(model)
+        model.set_input_embeddings(StepEmbedding(model.get_input_embeddings()))
         replace_dropout(model)
         self.model = model
 
     @property
     def word_embeddings(self) -> StepEmbedding:
         """The embedding of token ids."""
-        embedding: StepEmbedding = self.model.embeddings.word_embeddings
+        embedding: StepEmbedding = self.model.get_input_embeddings()
         return embedding
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that the model has."""
+        return len(self.architecture.layers(self.model))
+
+    def qkv_of_layers(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        layers: Sequence[int],
+    ) -> Iterator[QKV]:
+        """Queries, keys and values of several layers in one pass, each computed when asked for.
+
+        Args:
+            input_ids: [1, T] int64.
+            positions: [1, T] int64, from 0 in each segment.
+            cu_seqlens: [segments + 1] int32.
+            max_seqlen: tokens of the longest segment, or more.
+            layers: 1-based and ascending; nothing above the last of them is computed.
+
+        Yields:
+            Three tensors [T, hidden] in the model's dtype for each of `layers`.
+        """
+        states = self._states(input_ids, positions, cu_seqlens, max_seqlen)
+        for index, (hidden, rotations) in enumerate(itertools.islice(states, layers[-1])):
+            if index + 1 in layers:
+                yield self.architecture.project(self.model, index, hidden, rotations)
+
+    def _states(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+    ) -> Iterator[tuple[torch.Tensor, Any]]:
+        """Each layer's input and the last one's output, [1, T, hidden], with the rotations."""
+        hidden = self.architecture.embed(self.model, input_ids, positions)
+        rotations = self.architecture.rotations(self.model, hidden, positions)
+        yield hidden, rotations
+        for index in range(self.num_layers):
+            hidden = self.architecture.run_layer(
+                self.model, index, hidden, rotations, cu_seqlens, max_seqlen
+            )
+            yield hidden, rotations
+
+    def named_weights(self) -> dict[str, torch.Tensor]:
+        """Parameters under the names that the full model gives them."""
+        return {name.removeprefix("model."): p for name, p in self.named_parameters()}
+
+
+class CutEncoder(Encoder):
+    """An encoder up to the queries, keys and values of its last layer.
+
+    What comes after them is taken out of the module: it would cost time, memory and, in an
+    optimizer, weight decay, and no gradient reaches it.
+
+    Args:
+        model: a transformers encoder of a known architecture; its last layer is the one cut.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.architecture.cut(model)
 
     def forward(
         self,
@@ -94,33 +127,45 @@ class CutEncoder(nn.Module):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
     ) -> QKV:
-        """Queries, keys and values of the last layer.
+        """Queries, keys and values of the last layer, see `qkv_of_layers`."""
+        (qkv,) = self.qkv_of_layers(
+            input_ids, positions, cu_seqlens, max_seqlen, (self.num_layers,)
+        )
+        return qkv
+
+
+class Outputs(NamedTuple):
+    """What a whole encoder gives: `last_hidden_state`, [T, hidden], and its last layer's QKV."""
+
+    hidden: torch.Tensor
+    qkv: QKV
+
+
+class WholeEncoder(Encoder):
+    """An encoder up to its last hidden state, for objectives that read more than Q, K and V."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+    ) -> Outputs:
+        """The last hidden state, and queries, keys and values of the last layer.
+
+        These are projected once more than the layer itself does, which costs 3 of the model's
+        about 12 x layers products of a token's width squared.
 
         Args:
             input_ids: [1, T] int64.
             positions: [1, T] int64, from 0 in each segment.
             cu_seqlens: [segments + 1] int32.
             max_seqlen: tokens of the longest segment, or more.
-
-        Returns:
-            Three tensors [T, hidden] in the model's dtype.
         """
-        hidden = self.model.embeddings(
-            input_ids=input_ids, position_ids=positions + self.first_position
-        )
-        *layers, last = self.model.encoder.layer
-        for layer in layers:
-            hidden = layer(
-                hidden, attention_mask=None, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
-            )
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        projections = last.attention.self
-        hidden = hidden.squeeze(0)
-        return QKV(projections.query(hidden), projections.key(hidden), projections.value(hidden))
-
-    def named_weights(self) -> dict[str, torch.Tensor]:
-        """Parameters under the names that the full model gives them."""
-        return {name.removeprefix("model."): p for name, p in self.named_parameters()}
+        states = self._states(input_ids, positions, cu_seqlens, max_seqlen)
+        (last, rotations), (hidden, _) = deque(states, maxlen=2)
+        qkv = self.architecture.project(self.model, self.num_layers - 1, last, rotations)
+        return Outputs(self.architecture.finish(self.model, hidden).squeeze(0), qkv)
 
 
 class TeacherModel:
@@ -137,6 +182,13 @@ class TeacherModel:
             batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
         )
         return qkv
+
+    @torch.inference_mode()
+    def qkv_of_layers(self, batch: Batch, layers: Sequence[int]) -> Iterator[QKV]:
+        """Those of several 1-based, ascending layers, up to the one that was loaded last."""
+        yield from self._encoder.qkv_of_layers(
+            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, layers
+        )
 
 
 def read_config(key: str, source: str) -> Any:
@@ -165,18 +217,14 @@ def read_config(key: str, source: str) -> Any:
             f"{key}={source!r} does not load ({one_line(error)}); give a folder that exists or a "
             "hub id that this machine can reach"
         ) from error
-    if config.model_type not in FAMILIES:
-        raise ConfigError(
-            f"{key}={source!r} is a {config.model_type!r} model, whose Q, K and V are not known "
-            f"here; known architectures: {', '.join(FAMILIES)}"
-        )
+    if reason := refusal(config.model_type):
+        raise ConfigError(f"{key}={source!r} is a {config.model_type!r} model, {reason}")
     return config
 
 
 def longest_segment(config: Any) -> int:
     """Tokens that the model has positions for."""
-    first = FAMILIES[config.model_type].first_position(config)
-    return int(config.max_position_embeddings) - first
+    return architecture_of(config).longest_segment(config)
 
 
 def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
@@ -186,7 +234,8 @@ def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
         ConfigError: the folder lacks weights that the teacher needs.
     """
     config = read_config("teacher.model", recipe.teacher.model)
-    config.num_hidden_layers = recipe.teacher.layer or config.num_hidden_layers
+    architecture = architecture_of(config)
+    architecture.set_num_layers(config, recipe.teacher.layer or config.num_hidden_layers)
     is_float8 = recipe.teacher.dtype == "float8"
     if is_float8 and device.type == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
         needed = ".".join(map(str, CAPABILITY))
@@ -195,49 +244,68 @@ def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
             f"{torch.cuda.get_device_name()} is below; use bfloat16"
         )
     dtype = torch.bfloat16 if is_float8 else getattr(torch, recipe.teacher.dtype)
-    model = _load("teacher.model", recipe.teacher.model, config, dtype, add_pooling_layer=False)
+    model = _load("teacher.model", recipe.teacher.model, config, dtype)
     encoder = CutEncoder(model).to(device).requires_grad_(False)
-    *layers, _ = encoder.model.encoder.layer
     if is_float8:
-        for layer in layers:  # the last one's products are the targets themselves
+        for layer in architecture.layers(model)[:-1]:  # the last one's products are the targets
             to_float8(layer)
     elif can_prepack(encoder):
-        for layer in layers:
-            _fuse_gelu(layer.intermediate)
-            for part in (layer.attention, layer):
-                part.output = PrepackedOutput(part.output.dense, part.output.LayerNorm)
-        prepack(encoder)
+        architecture.prepack(model)
     return TeacherModel(encoder)
 
 
-def _fuse_gelu(intermediate: Any) -> None:
-    """Let the linear layer apply the exact GELU behind it."""
-    activation = intermediate.intermediate_act_fn
-    if isinstance(activation, GELUActivation) and activation.act is nn.functional.gelu:
-        intermediate.dense = PrepackedLinear(intermediate.dense, "gelu")
-        intermediate.intermediate_act_fn = nn.Identity()
-
-
 def student_config(student: Student, teacher_config: Any) -> Any:
-    """The student's configuration: the teacher's family and vocabulary in the recipe's shape."""
+    """The student's configuration: the teacher's vocabulary in the recipe's architecture and shape.
+
+    Raises:
+        ConfigError: the architecture cannot have this shape or vocabulary.
+    """
     if student.model:
         config = read_config("student.model", student.model)
     else:
-        config = copy.deepcopy(teacher_config)
-        for key in SHAPE_KEYS:
-            setattr(config, key, getattr(student, key))
-    config.hidden_dropout_prob = student.hidden_dropout_prob
-    config.attention_probs_dropout_prob = student.attention_probs_dropout_prob
+        config = _new_config(student, teacher_config)
+    architecture_of(config).set_dropout(
+        config, student.hidden_dropout_prob, student.attention_probs_dropout_prob
+    )
     config.dtype = torch.float32
+    return config
+
+
+def _new_config(student: Student, teacher_config: Any) -> Any:
+    model_type = student.architecture or architecture_of(teacher_config).student
+    if model_type == teacher_config.model_type:
+        config = copy.deepcopy(teacher_config)
+    else:
+        config = _translated_config(model_type, teacher_config)
+    architecture_of(config).set_num_layers(config, student.num_hidden_layers)
+    for key in ("hidden_size", "num_attention_heads", "intermediate_size"):
+        setattr(config, key, getattr(student, key))
+    architecture_of(config).check_student(config)
+    return config
+
+
+def _translated_config(model_type: str, teacher_config: Any) -> Any:
+    """A configuration of another architecture for the teacher's vocabulary and segments."""
+    teacher, own = architecture_of(teacher_config), ARCHITECTURES[model_type]
+    config = AutoConfig.for_model(model_type)
+    config.vocab_size = teacher_config.vocab_size
+    for key in SPECIAL_IDS:
+        if hasattr(config, key):
+            setattr(config, key, getattr(teacher_config, key, None))
+    setattr(config, own.norm_eps_key, teacher.norm_eps(teacher_config))
+    longest = teacher.longest_segment(teacher_config)
+    config.max_position_embeddings = longest + own.first_position(config)
     return config
 
 
 def unused_shape_keys(student: Student, config: Any) -> list[str]:
     """What the recipe says of a shape that student.model brings otherwise, in words."""
+    own = {"architecture": config.model_type, **architecture_of(config).shape(config)}
+    asked = {key: getattr(student, key) for key in own}
     return [
-        f"student.{key}={getattr(student, key)} (it has {getattr(config, key)})"
-        for key in SHAPE_KEYS
-        if student.model and getattr(student, key) != getattr(config, key)
+        f"student.{key}={asked[key]} (it has {own[key]})"
+        for key in own
+        if student.model and asked[key] not in (None, own[key])
     ]
 
 
@@ -262,7 +330,14 @@ def parameter_shapes(folder: Path) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def _load(key: str, source: str, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+def num_word_embeddings(folder: Path) -> int:
+    """Numbers in the word embeddings of the model that a folder's config.json describes."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    return int(model.get_input_embeddings().weight.numel())
+
+
+def _load(key: str, source: str, config: Any, dtype: torch.dtype) -> Any:
     try:
         model, loading = AutoModel.from_pretrained(
             source,
@@ -270,7 +345,6 @@ def _load(key: str, source: str, config: Any, dtype: torch.dtype, **options: Any
             dtype=dtype,
             attn_implementation=PACKED,
             output_loading_info=True,
-            **options,
         )
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -10,6 +11,7 @@ from pipeline import attention
 from pipeline.attention import (
     attention_by_segment,
     attention_in_c,
+    attention_in_window,
     jagged_attention,
     packed_attention,
 )
@@ -30,6 +32,13 @@ WAYS = [
     pytest.param(attention_by_segment, torch.bfloat16, BF16, id="by_segment-bf16"),
     pytest.param(jagged_attention, torch.float32, 2e-6, id="jagged-fp32"),
     pytest.param(attention_in_c, torch.bfloat16, BF16, id="c-bf16", marks=needs_c),
+    # As wide as any segment here: full attention.
+    pytest.param(
+        functools.partial(attention_in_window, window=100), torch.float32, 2e-6, id="window-fp32"
+    ),
+    pytest.param(
+        functools.partial(attention_in_window, window=100), torch.bfloat16, BF16, id="window-bf16"
+    ),
 ]
 each_way = pytest.mark.parametrize(("attend", "dtype", "tolerance"), WAYS)
 
@@ -42,14 +51,20 @@ def vectors(
 
 
 def oracle(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Sequence[int], scale: float
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: Sequence[int],
+    scale: float,
+    window: int = 10**9,
 ) -> torch.Tensor:
     """Softmax attention in float64, one query at a time."""
     rows = []
     for start, stop in itertools.pairwise(bounds):
         for query in range(start, stop):
-            scores = torch.einsum("hd,jhd->hj", q[query], k[start:stop]) * scale
-            rows.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), v[start:stop]))
+            seen = slice(max(start, query - window + 1), min(stop, query + window))
+            scores = torch.einsum("hd,jhd->hj", q[query], k[seen]) * scale
+            rows.append(torch.einsum("hj,jhd->hd", scores.softmax(-1), v[seen]))
     return torch.stack(rows)
 
 
@@ -241,3 +256,52 @@ def test_a_longest_segment_that_is_said_too_short_does_no_harm() -> None:
     cu_seqlens = torch.tensor([0, 200], dtype=torch.int32)
     said_short = attention_in_c(*inputs, cu_seqlens, 3, 0.25, 0.0)
     assert torch.equal(said_short, attention_in_c(*inputs, cu_seqlens, 200, 0.25, 0.0))
+
+
+# A sliding window
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 8, 16, 31])
+@pytest.mark.parametrize("lengths", [LENGTHS, (40,), (16, 32), (33, 1, 31), (7, 0, 25)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, BF16)])
+def test_a_windows_value_and_gradient_are_those_of_the_keys_within_it(
+    window: int, lengths: tuple[int, ...], dtype: torch.dtype, tolerance: float
+) -> None:
+    bounds = (0, *itertools.accumulate(lengths))
+    leaves = [x.requires_grad_() for x in vectors(dtype, tokens=bounds[-1])]
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    out = run(functools.partial(attention_in_window, window=window), leaves, bounds)
+    expected = oracle(*exact, bounds, 0.25, window)
+    upstream = vectors(dtype, seed=1, tokens=bounds[-1])[0]
+    out.backward(upstream)
+    expected.backward(upstream.double())
+    for got, true in [
+        (out.detach(), expected.detach()),
+        *((x.grad, y.grad) for x, y in zip(leaves, exact, strict=True)),
+    ]:
+        error = float((got.double() - true).abs().max())
+        assert error <= tolerance * max(1.0, float(true.abs().max()))
+
+
+@pytest.mark.parametrize(("window", "masks"), [(None, False), (7, False), (6, True), (2, True)])
+def test_a_window_is_used_where_a_segment_may_exceed_it(
+    window: int | None, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, calls = vectors(torch.float32), []
+
+    def spy(*arguments: object, window: int) -> torch.Tensor:
+        calls.append(window)
+        return attention_in_window(*arguments, window=window)
+
+    monkeypatch.setattr(attention, "attention_in_window", spy)
+    out, _ = packed_attention(
+        torch.nn.Identity(),
+        *(x.transpose(0, 1)[None] for x in inputs),
+        None,
+        cu_seqlens=torch.tensor(BOUNDS, dtype=torch.int32),
+        max_seqlen=max(LENGTHS),
+        sliding_window=window,
+    )
+    assert calls == ([window] if masks else [])
+    exact = oracle(*(x.double() for x in inputs), BOUNDS, 0.25, window or 10**9)
+    torch.testing.assert_close(out[0].double(), exact, rtol=0, atol=6e-6)

@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, DistilBertConfig, GPT2Config
+from transformers import AutoConfig, AutoModel
 
 from data_prep.command import ConfigError
 from pipeline.attention import PACKED
 from pipeline.config import Recipe, Student
 from pipeline.loader import Batch
 from pipeline.models import (
-    FAMILIES,
     CutEncoder,
     TeacherModel,
     build_student,
@@ -33,7 +32,7 @@ from pipeline.objectives import QKV
 
 CPU = torch.device("cpu")
 LENGTHS = (7, 1, 16, 3, 12)  # together more than the tiny models have positions for
-each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
+each_family = pytest.mark.parametrize("family", ["bert", "camembert", "roberta", "xlm-roberta"])
 
 
 def random_segments(seed: int = 0) -> list[torch.Tensor]:
@@ -203,15 +202,6 @@ def test_a_folder_whose_weights_do_not_load_is_refused(
         load_teacher(teacher_recipe(folder), CPU)
 
 
-@pytest.mark.parametrize("config", [DistilBertConfig(), GPT2Config()], ids=lambda c: c.model_type)
-def test_an_unknown_architecture_is_refused_with_the_known_ones(config, tmp_path: Path) -> None:
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError) as caught:
-        read_config("teacher.model", str(tmp_path))
-    for named in ("teacher.model", str(tmp_path), config.model_type, *FAMILIES):
-        assert named in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -368,9 +358,9 @@ def test_a_tokenizer_that_does_not_load_is_refused(
 
 
 def test_a_students_own_shape_is_told_where_the_recipe_says_another() -> None:
-    config = SimpleNamespace(
-        num_hidden_layers=3, hidden_size=384, num_attention_heads=12, intermediate_size=1536
-    )
+    shape = {"num_hidden_layers": 3, "hidden_size": 384}
+    shape |= {"num_attention_heads": 12, "intermediate_size": 1536}
+    config = SimpleNamespace(model_type="bert", **shape)
     assert unused_shape_keys(Student(num_hidden_layers=6), config) == []
     (told,) = unused_shape_keys(Student(model="folder"), config)
     assert told == "student.num_hidden_layers=6 (it has 3)"
