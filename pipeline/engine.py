@@ -22,8 +22,8 @@ from torch.profiler import record_function
 from data_prep.command import ConfigError, RunError, one_line
 from pipeline.config import Recipe, flatten
 from pipeline.loader import Batch
-from pipeline.models import CutEncoder
-from pipeline.objectives import QKV
+from pipeline.models import Encoder
+from pipeline.objectives import Compared
 from pipeline.topology import Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest a rank waits, e.g. while rank 0 prepares text
@@ -201,7 +201,7 @@ class Engine:
 
     def __init__(
         self,
-        student: CutEncoder,
+        student: Encoder,
         recipe: Recipe,
         ds_config: dict[str, Any],
         *,
@@ -226,7 +226,8 @@ class Engine:
             fused=True,  # one pass over memory in place of ten
         )
         words = student.word_embeddings
-        if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        is_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        if words is not None and is_fp32:
             words.weight.grad_dtype = torch.float32  # not rounded on the way to where it is added
         # Ranks that disagree on a tag would write two halves of two checkpoints.
         checkpoint = {"tag_validation": "Fail", "load_universal": load_universal}
@@ -244,7 +245,7 @@ class Engine:
             ) from error
         # Stage 2 would round the step's sum to its bf16 bucket, so ranks would share rounded sums;
         # stage 3 clears its sums only where a step's first pass reaches them.
-        if self.stage == 1:
+        if words is not None and self.stage == 1:
             words.is_last = self._engine.is_gradient_accumulation_boundary
 
     def train(self, mode: bool) -> None:
@@ -252,12 +253,10 @@ class Engine:
         self._engine.train(mode)
 
     @record_function("student")
-    def __call__(self, batch: Batch) -> QKV:
-        """The student's queries, keys and values, each [T, width]."""
-        qkv: QKV = self._engine(
-            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
-        )
-        return qkv
+    def __call__(self, batch: Batch) -> Compared:
+        """What the student gives of the batch."""
+        outputs: Compared = self._engine(*batch.inputs)
+        return outputs
 
     @record_function("backward")
     def backward(self, loss: torch.Tensor) -> None:

@@ -117,8 +117,13 @@ def _model_card(
                          if k.startswith(prefix)),
         heldout=heldout[-1] if heldout else None,
         num_parameters=sum(tensor.numel() for tensor in weights.values()),
-        num_embeddings=weights["embeddings.word_embeddings.weight"].numel(),
+        num_embeddings=next(
+            tensor.numel()
+            for name, tensor in weights.items()
+            if name.endswith("embeddings.word_embeddings.weight")
+        ),
         untrained=untrained,
+        is_cut=any(not name.startswith("pooler.") for name in untrained),
     )  # fmt: skip
 
 

@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import record_function
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 from transformers.activations import GELUActivation
 from transformers.utils import logging
 
@@ -22,7 +28,8 @@ from pipeline.dropout import replace_dropout
 from pipeline.embedding import StepEmbedding
 from pipeline.float8 import CAPABILITY, to_float8
 from pipeline.loader import Batch
-from pipeline.objectives import QKV
+from pipeline.mlm import HEADS, MaskedLM, WholeEncoder
+from pipeline.objectives import QKV, Compared, Outputs, Predictions
 from pipeline.prepacked import PrepackedLinear, PrepackedOutput, can_prepack, prepack
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
@@ -68,9 +75,10 @@ class CutEncoder(nn.Module):
 
     Args:
         model: a transformers encoder of a known family; its last layer is the one that is cut.
+        projections: letters of the last layer's projections that are kept; the others give None.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, projections: str = "qkv") -> None:
         super().__init__()
         embeddings = model.embeddings
         embeddings.word_embeddings = StepEmbedding(embeddings.word_embeddings)
@@ -78,6 +86,9 @@ class CutEncoder(nn.Module):
         model.pooler = None
         last = model.encoder.layer[-1]
         last.attention.output = last.intermediate = last.output = None
+        for name in ("query", "key", "value"):
+            if name[0] not in projections:
+                setattr(last.attention.self, name, None)
         replace_dropout(model)
         self.model = model
 
@@ -114,29 +125,50 @@ class CutEncoder(nn.Module):
                 hidden, attention_mask=None, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen
             )
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        projections = last.attention.self
+        attention = last.attention.self
         hidden = hidden.squeeze(0)
-        return QKV(projections.query(hidden), projections.key(hidden), projections.value(hidden))
+        projections = (attention.query, attention.key, attention.value)
+        return QKV(*(projection and projection(hidden) for projection in projections))
+
+    @property
+    def whole_layers(self) -> list[Any]:
+        """The layers below the last one."""
+        return list(self.model.encoder.layer[:-1])
 
     def named_weights(self) -> dict[str, torch.Tensor]:
         """Parameters under the names that the full model gives them."""
         return {name.removeprefix("model."): p for name, p in self.named_parameters()}
 
 
+Encoder = CutEncoder | WholeEncoder | MaskedLM
+
+
+def pack_encoder(model: Any, needs: type[Compared], projections: str = "qkv") -> Encoder:
+    """A transformers model made ready for packed segments, as far as an objective needs it.
+
+    Args:
+        model: as `build_student` and `load_teacher` read it for the same `needs`.
+        needs: of the objective.
+        projections: of the objective, for a student: what its gradient does not reach goes.
+    """
+    if needs is QKV:
+        return CutEncoder(model, projections)
+    first_position = FAMILIES[model.config.model_type].first_position(model.config)
+    return (WholeEncoder if needs is Outputs else MaskedLM)(model, first_position)
+
+
 class TeacherModel:
     """The frozen teacher: not a module, so that no engine, optimizer or checkpoint can hold it."""
 
-    def __init__(self, encoder: CutEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder.eval().requires_grad_(False)
 
     @record_function("teacher")
     @torch.inference_mode()
-    def __call__(self, batch: Batch) -> QKV:
-        """Queries, keys and values of the teacher's layer, each [T, teacher width]."""
-        qkv: QKV = self._encoder(
-            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
-        )
-        return qkv
+    def __call__(self, batch: Batch) -> Compared:
+        """What the teacher's layer gives of the batch."""
+        outputs: Compared = self._encoder(*batch.inputs)
+        return outputs
 
 
 def read_config(key: str, source: str) -> Any:
@@ -179,8 +211,13 @@ def longest_segment(config: Any) -> int:
     return int(config.max_position_embeddings) - first
 
 
-def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
+def load_teacher(recipe: Recipe, device: torch.device, needs: type[Compared] = QKV) -> TeacherModel:
     """The teacher up to its layer; layers above are not even read into memory.
+
+    Args:
+        recipe: names the teacher, its layer and its dtype.
+        device: that it runs on.
+        needs: of the objective.
 
     Raises:
         ConfigError: the folder lacks weights that the teacher needs.
@@ -195,11 +232,12 @@ def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
             f"{torch.cuda.get_device_name()} is below; use bfloat16"
         )
     dtype = torch.bfloat16 if is_float8 else getattr(torch, recipe.teacher.dtype)
-    model = _load("teacher.model", recipe.teacher.model, config, dtype, add_pooling_layer=False)
-    encoder = CutEncoder(model).to(device).requires_grad_(False)
-    *layers, _ = encoder.model.encoder.layer
+    model = _load("teacher.model", recipe.teacher.model, config, dtype, needs)
+    encoder = pack_encoder(model, needs).to(device).requires_grad_(False)
+    layers = encoder.whole_layers
     if is_float8:
-        for layer in layers:  # the last one's products are the targets themselves
+        # The last one's products are the targets themselves.
+        for layer in layers[: config.num_hidden_layers - 1]:
             to_float8(layer)
     elif can_prepack(encoder):
         for layer in layers:
@@ -241,47 +279,77 @@ def unused_shape_keys(student: Student, config: Any) -> list[str]:
     ]
 
 
-def build_student(student: Student, config: Any, seed: int) -> Any:
+def build_student(student: Student, config: Any, seed: int, needs: type[Compared] = QKV) -> Any:
     """The whole student in fp32: new, the same for every rank of a seed, or from a folder.
+
+    Args:
+        student: of the recipe.
+        config: of `student_config`; is told the model's class, by which it is exported.
+        seed: of the weights that are new.
+        needs: of the objective: a model that predicts has a head, new where a folder has none.
 
     Raises:
         ConfigError: student.model lacks weights of its encoder.
     """
-    torch.manual_seed(seed)  # also for what a folder may lack: the pooler
+    torch.manual_seed(seed)  # also for what a folder may lack: the pooler, the head
     if student.model:
-        return _load("student.model", student.model, config, torch.float32)
-    model = AutoModel.from_config(config, attn_implementation=PACKED)
-    replace_dropout(model)
+        new = ("pooler.", *(f"{head}." for head in HEADS))
+        model = _load("student.model", student.model, config, torch.float32, needs, may_lack=new)
+    else:
+        model = _auto_class(needs).from_config(config, attn_implementation=PACKED)
+        replace_dropout(model)
+    config.architectures = [type(model).__name__]
     return model
+
+
+def own_weights(model: Any) -> dict[str, torch.Tensor]:
+    """A model's weights by name, without those that share another's: as it is saved."""
+    shared = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
 
 
 def parameter_shapes(folder: Path) -> dict[str, torch.Size]:
     """The names and shapes of the whole model that a folder's config.json describes."""
+    config = AutoConfig.from_pretrained(folder)
+    predicts = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model = _auto_class(Predictions if predicts else Outputs).from_config(config)
+    return {name: tensor.shape for name, tensor in own_weights(model).items()}
 
 
-def _load(key: str, source: str, config: Any, dtype: torch.dtype, **options: Any) -> Any:
+def _auto_class(needs: type[Compared]) -> Any:
+    return AutoModelForMaskedLM if needs is Predictions else AutoModel
+
+
+def _load(
+    key: str,
+    source: str,
+    config: Any,
+    dtype: torch.dtype,
+    needs: type[Compared],
+    may_lack: tuple[str, ...] = ("pooler.",),
+) -> Any:
     try:
-        model, loading = AutoModel.from_pretrained(
+        model, loading = _auto_class(needs).from_pretrained(
             source,
             config=config,
             dtype=dtype,
             attn_implementation=PACKED,
             output_loading_info=True,
-            **options,
         )
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"{key}={source!r} does not load ({one_line(error)}); give a whole model folder or a "
             "hub id"
         ) from error
-    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith(may_lack))
     if missing:
+        whole = "the whole encoder"
+        if needs is Predictions:
+            whole += " and its head of masked language modelling"
         raise ConfigError(
             f"{key}={source!r} has no weights for {missing[0]!r} and {len(missing) - 1} more, "
-            "which would be random; name a folder with the whole encoder"
+            f"which would be random; name a folder with {whole}"
         )
     return model
 
