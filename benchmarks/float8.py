@@ -21,8 +21,8 @@ import torch
 from benchmarks.harness import arguments, device, report
 from pipeline.config import ROOT, Objective, Recipe, Teacher, Train
 from pipeline.loader import Batch
-from pipeline.models import load_teacher, load_tokenizer
-from pipeline.objectives import QKV, minilmv2
+from pipeline.models import load_teacher, load_tokenizer, read_config
+from pipeline.objectives import Compared, build_objective
 
 LONGEST = 128
 TEXT = ROOT / "recipes" / "demo_text"
@@ -36,18 +36,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=10, help="of each language")
     options = parser.parse_args(argv)
     batch = read(options.teacher, options.documents).to(device())
-    objective = Objective(num_relation_heads=options.heads)
 
-    def vectors(dtype: str) -> QKV:
-        teacher = Teacher(model=options.teacher, dtype=dtype)
-        train = Train(max_steps=1, batch_size=1, micro_batch_size=1)
-        recipe = Recipe(output_dir="unused", teacher=teacher, train=train)
-        return load_teacher(recipe, device())(batch)
+    def recipe(dtype: str) -> Recipe:
+        return Recipe(
+            output_dir="unused",
+            teacher=Teacher(model=options.teacher, dtype=dtype),
+            objective=Objective(num_relation_heads=options.heads),
+            train=Train(max_steps=1, batch_size=1, micro_batch_size=1),
+        )
 
-    exact = vectors("float32")
+    def outputs(dtype: str) -> Compared:
+        return load_teacher(recipe(dtype), device())(batch)
+
+    config = read_config("--teacher", options.teacher)
+    objective = build_objective(recipe("float32"), config, config)
+    exact = outputs("float32")
     rows = []
     for dtype in ("bfloat16", "float8"):
-        losses = minilmv2(vectors(dtype), exact, batch.cu_seqlens, objective)
+        losses = objective.losses(outputs(dtype), exact, batch)
         row = {f"KL of {name}, nats": float(loss) for name, loss in losses.items()}
         rows.append({"teacher": dtype, **row, "sum": sum(row.values())})
     ratio = rows[1]["sum"] / rows[0]["sum"]

@@ -43,7 +43,6 @@ from benchmarks.workload import (
     training_batches,
 )
 from pipeline.loop import train_step
-from pipeline.objectives import minilmv2, total
 from pipeline.run import Run
 from pipeline.schedule import learning_rate
 
@@ -123,10 +122,9 @@ def step_in_parts(run: Run, clock: Clock) -> None:
         batch = batch.to(run.device)
         targets = run.teacher(batch)
         clock.lap("teacher forward")
-        vectors = run.engine(batch)
+        outputs = run.engine(batch)
         clock.lap("student forward")
-        losses = minilmv2(vectors, targets, batch.cu_seqlens, run.recipe.objective)
-        loss = total(losses, run.recipe.objective)
+        loss = run.objective.total(run.objective.losses(outputs, targets, batch))
         clock.lap("loss")
         run.engine.backward(loss)
         clock.lap("backward")

@@ -38,7 +38,7 @@ from benchmarks.workload import (
     step_flops,
     training_batches,
 )
-from pipeline.config import Recipe
+from pipeline.engine import Engine
 from pipeline.loader import Batch
 from pipeline.loop import train_step
 from pipeline.models import (
@@ -49,7 +49,7 @@ from pipeline.models import (
     read_config,
     student_config,
 )
-from pipeline.objectives import QKV, minilmv2, total
+from pipeline.objectives import DistillationObjective
 from pipeline.run import Run
 
 FP32_TOLERANCE = 1e-5  # relative, of ours and padded, both in fp32
@@ -129,9 +129,9 @@ def equal_losses(
     """
     run.engine.train(False)
     with torch.no_grad():
-        losses = {"ours": _mean_loss(run.recipe, run.engine, run.teacher, batches, run.device)}
+        losses = {"ours": _mean_loss(run.objective, run.engine, run.teacher, batches, run.device)}
     run.engine.train(True)
-    losses["ours fp32"] = _fp32_loss(run.recipe, batches, run.device)
+    losses["ours fp32"] = _fp32_loss(run, batches)
     losses |= {case: loop.loss(texts) for case, loop in padded.items()}
     expected = losses["padded fp32"]
     for case, loss in losses.items():
@@ -141,20 +141,21 @@ def equal_losses(
     return losses
 
 
-def _fp32_loss(recipe: Recipe, batches: Sequence[Batch], device: torch.device) -> float:
+def _fp32_loss(run: Run, batches: Sequence[Batch]) -> float:
     """Ours in fp32, without the engine."""
+    recipe, device = run.recipe, run.device
     teacher = dataclasses.replace(recipe.teacher, dtype="float32")
     config = student_config(recipe.student, read_config("teacher.model", teacher.model))
     student = TeacherModel(
         CutEncoder(build_student(recipe.student, config, recipe.seed)).to(device)
     )
     fp32_teacher = load_teacher(dataclasses.replace(recipe, teacher=teacher), device)
-    return _mean_loss(recipe, student, fp32_teacher, batches, device)
+    return _mean_loss(run.objective, student, fp32_teacher, batches, device)
 
 
 def _mean_loss(
-    recipe: Recipe,
-    student: TeacherModel | object,
+    objective: DistillationObjective,
+    student: TeacherModel | Engine,
     teacher: TeacherModel,
     batches: Sequence[Batch],
     device: torch.device,
@@ -162,9 +163,8 @@ def _mean_loss(
     """The mean over the tokens of all batches."""
     sums = 0.0
     for batch in (batch.to(device) for batch in batches):
-        vectors: QKV = student(batch)
-        losses = minilmv2(vectors, teacher(batch), batch.cu_seqlens, recipe.objective)
-        sums += float(total(losses, recipe.objective)) * batch.num_tokens
+        losses = objective.losses(student(batch), teacher(batch), batch)
+        sums += float(objective.total(losses)) * batch.num_tokens
     return sums / sum(batch.num_tokens for batch in batches)
 
 

@@ -34,6 +34,7 @@ from pipeline.config import (
 from pipeline.engine import Engine, init_distributed, merge_ds_config
 from pipeline.loader import Batch
 from pipeline.models import CutEncoder, build_student, load_teacher, read_config, student_config
+from pipeline.objectives import build_objective
 from pipeline.run import Run
 from pipeline.stopping import StopRequest
 from pipeline.topology import Topology
@@ -203,9 +204,11 @@ def make_run(recipe: Recipe, batches: list[Batch], ds_config: Path = DEFAULT_DS_
     """What `pipeline.loop.train_step` works with: the real teacher, engine and optimizer."""
     topology = Topology.from_environment()
     device = init_distributed(topology)
-    config = student_config(recipe.student, read_config("teacher.model", recipe.teacher.model))
+    of_teacher = read_config("teacher.model", recipe.teacher.model)
+    config = student_config(recipe.student, of_teacher)
     teacher = load_teacher(recipe, device)
     student = CutEncoder(build_student(recipe.student, config, recipe.seed))
+    objective = build_objective(recipe, of_teacher, config)
     merged = merge_ds_config(read_ds_config(str(ds_config)), recipe, topology.world_size)
     engine = Engine(student, recipe, merged, load_universal=False)
     engine.train(True)
@@ -224,6 +227,7 @@ def make_run(recipe: Recipe, batches: list[Batch], ds_config: Path = DEFAULT_DS_
         stop=StopRequest(),
         loader=FixedLoader(batches, order),  # type: ignore[arg-type]
         heldout={},
+        objective=objective,
         teacher=teacher,
         engine=engine,
         checkpoints=Checkpoints(Path(recipe.output_dir), topology, keep=1),

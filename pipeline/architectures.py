@@ -123,8 +123,24 @@ class Architecture(ABC):
         """Take out what follows the last hidden state."""
 
     @abstractmethod
-    def cut(self, model: Any) -> None:
-        """Take out everything that follows the last layer's projections."""
+    def cut(self, model: Any, projections: str = "qkv") -> None:
+        """Take out everything that follows the last layer's projections.
+
+        Args:
+            model: of this family.
+            projections: letters of those that are kept, where they are layers of their own; the
+                others are then None in what `project` returns.
+        """
+
+    # What predicts tokens from the last hidden state, in a model `...ForMaskedLM`
+
+    mlm_head: tuple[str, ...] = ()
+
+    def predict(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, [M, vocabulary], from last hidden states, [M, d]: the head's parts in turn."""
+        for name in self.mlm_head:
+            hidden = getattr(model, name)(hidden)
+        return hidden
 
     def prepack(self, model: Any) -> None:
         """Lay out a frozen bf16 model for the CPU, see pipeline/prepacked.py."""
@@ -133,6 +149,8 @@ class Architecture(ABC):
 
 class Bert(Architecture):
     """BERT, and MiniLM itself: `embeddings`, `encoder.layer[i]`, layer norms behind each sum."""
+
+    mlm_head: tuple[str, ...] = ("cls",)
 
     def embed(self, model: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See Architecture."""
@@ -153,11 +171,12 @@ class Bert(Architecture):
         """See Architecture."""
         model.pooler = None
 
-    def cut(self, model: Any) -> None:
+    def cut(self, model: Any, projections: str = "qkv") -> None:
         """See Architecture."""
         self.drop_pooler(model)
         last = self.layers(model)[-1]
         last.attention.output = last.intermediate = last.output = None
+        _keep(projections, last.attention.self, q="query", k="key", v="value")
 
     def prepack(self, model: Any) -> None:
         """With the GELU and the residual sums taken into the products in front of them."""
@@ -171,6 +190,8 @@ class Bert(Architecture):
 
 class Roberta(Bert):
     """RoBERTa, CamemBERT, XLM-R and what is built on them: positions from the padding id on."""
+
+    mlm_head = ("lm_head",)
 
     def first_position(self, config: Any) -> int:
         """As fairseq counts."""
@@ -200,9 +221,9 @@ class XlmRobertaXl(Roberta):
         output: torch.Tensor = model.encoder.LayerNorm(hidden)
         return output
 
-    def cut(self, model: Any) -> None:
+    def cut(self, model: Any, projections: str = "qkv") -> None:
         """See Architecture."""
-        super().cut(model)
+        super().cut(model, projections)
         self.layers(model)[-1].LayerNorm = model.encoder.LayerNorm = None
 
     def prepack(self, model: Any) -> None:
@@ -212,6 +233,8 @@ class XlmRobertaXl(Roberta):
 
 class Electra(Bert):
     """ELECTRA: BERT whose embeddings may be narrower than its layers."""
+
+    mlm_head = ("generator_predictions", "generator_lm_head")
 
     def embed(self, model: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See Architecture."""
@@ -223,6 +246,7 @@ class Electra(Bert):
 class DistilBert(Architecture):
     """DistilBERT: BERT under other names, without token types and pooler."""
 
+    mlm_head = ("vocab_transform", "vocab_layer_norm", "vocab_projector")
     hidden_dropout_keys = ("dropout",)
     attention_dropout_keys = ("attention_dropout",)
 
@@ -249,10 +273,17 @@ class DistilBert(Architecture):
         attention = self.layers(model)[index].attention
         return _each(hidden, attention.q_lin, attention.k_lin, attention.v_lin)
 
-    def cut(self, model: Any) -> None:
+    def cut(self, model: Any, projections: str = "qkv") -> None:
         """See Architecture."""
         last = self.layers(model)[-1]
         last.attention.out_lin = last.sa_layer_norm = last.ffn = last.output_layer_norm = None
+        _keep(projections, last.attention, q="q_lin", k="k_lin", v="v_lin")
+
+    def predict(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """See Architecture; here the activation is the model's, not the head's."""
+        hidden = model.activation(model.vocab_transform(hidden))
+        logits: torch.Tensor = model.vocab_projector(model.vocab_layer_norm(hidden))
+        return logits
 
 
 class ModernBert(Architecture):
@@ -273,6 +304,7 @@ class ModernBert(Architecture):
     The frequencies are buffers, which transformers and DeepSpeed leave in fp32.
     """
 
+    mlm_head = ("head", "decoder")
     norm_eps_key = "norm_eps"
     hidden_dropout_keys = ("embedding_dropout", "mlp_dropout")
     attention_dropout_keys = ("attention_dropout",)  # here also of what attention puts out
@@ -342,8 +374,8 @@ class ModernBert(Architecture):
         output: torch.Tensor = model.final_norm(hidden)
         return output
 
-    def cut(self, model: Any) -> None:
-        """See Architecture."""
+    def cut(self, model: Any, projections: str = "qkv") -> None:
+        """See Architecture; Q, K and V are one layer, so all of it stays."""
         last = model.layers[-1]
         last.attn.Wo = last.mlp_norm = last.mlp = model.final_norm = None
 
@@ -382,9 +414,15 @@ def refusal(model_type: str) -> str | None:
     )
 
 
-def _each(hidden: torch.Tensor, query: nn.Module, key: nn.Module, value: nn.Module) -> QKV:
+def _each(hidden: torch.Tensor, *projections: Any) -> QKV:
     hidden = hidden.squeeze(0)
-    return QKV(query(hidden), key(hidden), value(hidden))
+    return QKV(*(projection and projection(hidden) for projection in projections))
+
+
+def _keep(letters: str, attention: nn.Module, **names: str) -> None:
+    for letter, name in names.items():
+        if letter not in letters:
+            setattr(attention, name, None)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

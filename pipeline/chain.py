@@ -71,15 +71,7 @@ class Chain:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run what is left of the chain that the command line names."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--config")
-    chain, _ = parse_recipe(
-        Chain,
-        arguments,
-        prog="python -m pipeline.chain",
-        description="Run a chain of distillations, each the teacher of the next one.",
-    )
+    chain = read_chain(sys.argv[1:] if argv is None else argv)
     check_chain(chain)
     # All recipes are looked at first: a typo in the last one would show days later.
     recipes = [
@@ -102,6 +94,25 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     print(f"finished: {student_of(chain, chain.stages[-1])}")
     return EXIT_FINISHED
+
+
+def read_chain(argv: Sequence[str]) -> Chain:
+    """The chain of a command line: its file, and keys that differ from it by dotted names.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or a file that cannot be read.
+    """
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--config")
+    chain: Chain
+    chain, _ = parse_recipe(
+        Chain,
+        arguments,
+        prog="python -m pipeline.chain",
+        description="Run a chain of distillations, each the teacher of the next one.",
+    )
+    return chain
 
 
 def check_chain(chain: Chain) -> None:

@@ -17,7 +17,16 @@ from data_prep.config import Prep
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "recipes" / "demo.yaml"
 DEFAULT_DS_CONFIG = ROOT / "ds_configs" / "zero2.json"
-RELATIONS = ("qq", "kk", "vv")
+PAPER_WEIGHTS = {
+    "minilmv2": {"qq": 1.0, "kk": 1.0, "vv": 1.0},
+    "minilm": {"at": 1.0, "vr": 1.0},
+    "distilbert": {"ce": 5.0, "mlm": 2.0, "cos": 1.0},
+}
+TERMS = {
+    "minilmv2": (*(query + key for query in "qkv" for key in "qkv"), "hh"),
+    "minilm": ("at", "vr", "hh"),
+    "distilbert": ("ce", "mlm", "cos"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +35,8 @@ class Teacher:
 
     Args:
         model: hub id or folder.
-        layer: 1-based layer whose queries, keys and values are the target; null is the last.
+        layer: 1-based layer whose queries, keys and values (and output, for the relation hh) are
+            the target; null is the last, and must be for distilbert.
         dtype: that the teacher computes in; float8 is bfloat16 with 8-bit products in all layers
             but the last one's, on GPUs from Hopper on (a CPU computes the same, slowly).
     """
@@ -64,23 +74,52 @@ class Student:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What of the teacher is imitated.
+    """What of the teacher is imitated; docs/objectives.md has the equations.
 
     Args:
-        name: minilmv2, multi-head self-attention relations (arXiv 2012.15828).
-        num_relation_heads: heads that queries, keys and values are split into for the relations;
-            divides both models' widths. The paper takes 48 for base and 64 for large teachers.
-        relations: weight of each relation's loss: qq, kk, vv.
+        name: minilmv2, self-attention relations (arXiv 2012.15828); minilm, attention distributions
+            and value relations (arXiv 2002.10957); distilbert, predictions and hidden states (arXiv
+            1910.01108).
+        num_relation_heads: of minilmv2: heads that queries, keys and values are split into for the
+            relations; divides both models' widths. The paper takes 48 for base and 64 for large
+            teachers. minilm has the models' attention heads.
+        relations: of minilmv2: weight of each relation's loss, query side and key side: qq qk qv kq
+            kk kv vq vk vv. Of minilm, which takes its paper's where minilmv2's stand here: at and
+            vr. Of both: hh, of hidden states, so that the student's last layer trains whole.
+        losses: of distilbert: weights of soft targets (ce), masked language modelling (mlm) and
+            the cosine of hidden states (cos).
+        temperature: of distilbert: that both models' logits are divided by in ce.
+        mlm_probability: of distilbert: share of the tokens that are masked.
         relation_kl: implementation: auto (triton on a GPU, else chunked), triton, chunked (any
             device, little memory) or reference (dense, the oracle).
     """
 
-    name: Literal["minilmv2"] = "minilmv2"
+    name: Literal["minilmv2", "minilm", "distilbert"] = "minilmv2"
     num_relation_heads: int = 64
     relations: dict[str, float] = dataclasses.field(
-        default_factory=lambda: dict.fromkeys(RELATIONS, 1.0)
+        default_factory=lambda: dict(PAPER_WEIGHTS["minilmv2"])
     )
+    losses: dict[str, float] = dataclasses.field(
+        default_factory=lambda: dict(PAPER_WEIGHTS["distilbert"])
+    )
+    temperature: float = 2.0
+    mlm_probability: float = 0.15
     relation_kl: Literal["auto", "triton", "chunked", "reference"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.name == "minilm" and self.relations == PAPER_WEIGHTS["minilmv2"]:
+            object.__setattr__(self, "relations", dict(PAPER_WEIGHTS["minilm"]))
+
+    @property
+    def weights_key(self) -> str:
+        """The recipe key that holds the weights of this objective's terms."""
+        return "losses" if self.name == "distilbert" else "relations"
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights above 0 of this objective's terms, in a fixed order."""
+        weights: dict[str, float] = getattr(self, self.weights_key)
+        return {term: weights[term] for term in sorted(weights) if weights[term] > 0}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -211,7 +250,7 @@ def load_recipe(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
         Recipe,
         argv,
         prog="deepspeed pipeline/train.py",
-        description="Distil a teacher's self-attention relations into a small student.",
+        description="Distil a large encoder into a small one.",
         default_config=str(DEFAULT_RECIPE),
         add_options=add_options,
     )
@@ -257,6 +296,8 @@ def check_recipe(recipe: Recipe) -> None:
         "train.learning_rate": train.learning_rate,
         "train.max_grad_norm": train.max_grad_norm,
         "train.adam_eps": train.adam_eps,
+        "objective.temperature": objective.temperature,
+        "objective.mlm_probability": objective.mlm_probability,
     }
     for key, number in positive.items():
         if not (number > 0 and math.isfinite(number)):
@@ -266,11 +307,12 @@ def check_recipe(recipe: Recipe) -> None:
         "train.adam_betas[1]": train.adam_betas[1],
         "student.hidden_dropout_prob": student.hidden_dropout_prob,
         "student.attention_probs_dropout_prob": student.attention_probs_dropout_prob,
+        "objective.mlm_probability": objective.mlm_probability,
     }
     for key, number in shares.items():
         if not 0 <= number < 1:
             raise ConfigError(f"{key}={number} is outside 0 <= x < 1; use a value in that range")
-    _check_relations(objective)
+    _check_weights(objective)
     if not student.model and student.hidden_size % student.num_attention_heads:
         raise ConfigError(
             f"student.num_attention_heads={student.num_attention_heads} does not divide "
@@ -285,17 +327,24 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def _check_relations(objective: Objective) -> None:
-    if unknown := sorted(objective.relations.keys() - set(RELATIONS)):
+def _check_weights(objective: Objective) -> None:
+    key, terms = f"objective.{objective.weights_key}", TERMS[objective.name]
+    stated: dict[str, float] = getattr(objective, objective.weights_key)
+    if unknown := sorted(stated.keys() - set(terms)):
         raise ConfigError(
-            f"objective.relations has {unknown[0]!r}, which is not a relation of minilmv2; use "
-            f"{', '.join(RELATIONS)}"
+            f"{key} has {unknown[0]!r}, which is not a term of {objective.name}; use "
+            f"{', '.join(terms)}"
         )
-    weights = objective.relations.values()
-    if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
+    if not all(math.isfinite(w) and w >= 0 for w in stated.values()) or not objective.weights:
+        paper = ", ".join(f"{t}: {w:g}" for t, w in PAPER_WEIGHTS[objective.name].items())
         raise ConfigError(
-            f"objective.relations={objective.relations} needs weights >= 0 and one above 0, "
-            "otherwise there is nothing to imitate; the paper's are {qq: 1, kk: 1, vv: 1}"
+            f"{key}={stated} needs weights >= 0 and one above 0, otherwise there is nothing to "
+            f"imitate; the paper's are {{{paper}}}"
+        )
+    if objective.name == "distilbert" and objective.weights.keys() == {"cos"}:
+        raise ConfigError(
+            f"{key}={stated} leaves predictions out, so the student's prediction head would not "
+            "train; give ce or mlm a weight above 0"
         )
 
 
@@ -315,13 +364,11 @@ def check_world(recipe: Recipe, world_size: int) -> None:
         )
 
 
-def check_shapes(
-    recipe: Recipe, *, teacher_layers: int, teacher_hidden: int, student_hidden: int
-) -> None:
-    """Refuse an objective that the two models' shapes do not allow.
+def check_layer(recipe: Recipe, teacher_layers: int) -> None:
+    """Refuse a layer that the teacher has not.
 
     Raises:
-        ConfigError: teacher.layer does not exist, or the relation heads do not divide a width.
+        ConfigError: teacher.layer does not exist.
     """
     layer = recipe.teacher.layer
     if layer is not None and not 1 <= layer <= teacher_layers:
@@ -329,14 +376,6 @@ def check_shapes(
             f"teacher.layer={layer} does not exist: {recipe.teacher.model} has layers 1 to "
             f"{teacher_layers}; use one of these, or null for the last"
         )
-    heads = recipe.objective.num_relation_heads
-    for whose, hidden in (("teacher", teacher_hidden), ("student", student_hidden)):
-        if hidden % heads:
-            common = divisors(math.gcd(teacher_hidden, student_hidden))
-            raise ConfigError(
-                f"objective.num_relation_heads={heads} does not divide the {whose}'s hidden size "
-                f"{hidden}, so the last head would be cut short; use one of {common}"
-            )
 
 
 def divisors(number: int) -> list[int]:

@@ -23,8 +23,8 @@ from data_prep.command import ConfigError, RunError, one_line
 from pipeline.config import Recipe, flatten
 from pipeline.fused_layers import fuse
 from pipeline.loader import Batch
-from pipeline.models import CutEncoder
-from pipeline.objectives import QKV
+from pipeline.models import Encoder
+from pipeline.objectives import Compared
 from pipeline.topology import Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest a rank waits, e.g. while rank 0 prepares text
@@ -202,7 +202,7 @@ class Engine:
 
     def __init__(
         self,
-        student: CutEncoder,
+        student: Encoder,
         recipe: Recipe,
         ds_config: dict[str, Any],
         *,
@@ -228,10 +228,11 @@ class Engine:
             fused=True,  # one pass over memory in place of ten
         )
         words = student.word_embeddings
-        if ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32":
+        is_fp32 = ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32"
+        if words is not None and is_fp32:
             words.weight.grad_dtype = torch.float32  # not rounded on the way to where it is added
         zero = dict(ds_config["zero_optimization"])
-        if self.stage == 2:
+        if words is not None and self.stage == 2:
             # A gradient that fits the bucket is rounded to bf16 on its way; a larger one is not.
             bucket = zero.get("reduce_bucket_size", words.weight.numel())
             zero["reduce_bucket_size"] = min(bucket, words.weight.numel() - 1)
@@ -249,7 +250,7 @@ class Engine:
             raise ConfigError(
                 f"DeepSpeed refuses the ds_config ({one_line(error)}); correct that key"
             ) from error
-        if self.stage < 3:  # which clears its sums only where a step's first pass reaches them
+        if words is not None and self.stage < 3:  # which clears sums in a step's first pass alone
             words.is_last = self._engine.is_gradient_accumulation_boundary
 
     def train(self, mode: bool) -> None:
@@ -257,12 +258,10 @@ class Engine:
         self._engine.train(mode)
 
     @record_function("student")
-    def __call__(self, batch: Batch) -> QKV:
-        """The student's queries, keys and values, each [T, width]."""
-        qkv: QKV = self._engine(
-            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
-        )
-        return qkv
+    def __call__(self, batch: Batch) -> Compared:
+        """What the student gives of the batch."""
+        outputs: Compared = self._engine(*batch.inputs)
+        return outputs
 
     @record_function("backward")
     def backward(self, loss: torch.Tensor) -> None:

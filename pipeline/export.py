@@ -119,6 +119,7 @@ def _model_card(
         num_parameters=sum(tensor.numel() for tensor in weights.values()),
         num_embeddings=num_word_embeddings(run / START),
         untrained=untrained,
+        is_cut=any(not name.startswith("pooler.") for name in untrained),
     )  # fmt: skip
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 
 from pipeline.collectives import all_sum
-from pipeline.config import Objective
 from pipeline.engine import Engine
-from pipeline.loader import Batch
+from pipeline.loader import Batch, Count
 from pipeline.models import TeacherModel
-from pipeline.objectives import minilmv2, total
+from pipeline.objectives import DistillationObjective
 from pipeline.topology import Topology
 
 
@@ -18,31 +17,33 @@ def heldout_losses(
     engine: Engine,
     teacher: TeacherModel,
     heldout: dict[str, list[Batch]],
-    objective: Objective,
+    objective: DistillationObjective,
     topology: Topology,
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean loss a token of each language, and the languages' mean.
+    """Mean loss of each language, and the languages' mean.
 
     Ranks share the batches. All do equally many forward passes, since ZeRO-3 gathers weights in
     each: a rank without a batch left repeats one that counts for nothing.
 
     Returns:
-        `heldout_loss` and `heldout_loss_LANG` for each language, in nats.
+        `heldout_loss` and `heldout_loss_LANG` for each language: the weighted sum of the
+        objective's terms, each a mean over the language's positions.
     """
     engine.train(False)
-    sums = torch.zeros(len(heldout), 2, dtype=torch.float64)
+    sums = torch.zeros(len(heldout), dtype=torch.float64)
     for number, batches in enumerate(heldout.values()):
+        whole = Count.sum(batch.count for batch in batches)
         for start in range(0, len(batches), topology.world_size):
             index = start + topology.rank
             batch = batches[min(index, len(batches) - 1)].to(device)
-            losses = minilmv2(engine(batch), teacher(batch), batch.cu_seqlens, objective)
+            losses = objective.losses(engine(batch), teacher(batch), batch)
             if index < len(batches):
-                loss = float(total(losses, objective))
-                sums[number] += torch.tensor([loss * batch.num_tokens, batch.num_tokens])
+                shares = objective.shares(batch.count, whole)
+                parts = {term: loss.double() * shares[term] for term, loss in losses.items()}
+                sums[number] += float(objective.total(parts))
     engine.train(True)
-    sums = all_sum(sums.to(device)).cpu()
-    means = (sums[:, 0] / sums[:, 1]).tolist()
+    means = all_sum(sums.to(device)).tolist()
     by_language = dict(zip(heldout, means, strict=True))
     return {
         "heldout_loss": sum(means) / len(means),

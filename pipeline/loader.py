@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,36 @@ from torch.profiler import record_function
 from data_prep.command import RunError
 from data_prep.shards import ShardReader
 from pipeline.assignment import DataOrder
+from pipeline.masking import Masking
 from pipeline.topology import Topology
 
 CACHED_BLOCKS = 16  # a batch spans few blocks; neighbours in a step are read again in the next
 EXIT_PATIENCE = 5.0  # seconds that an exit leaves to a read that nobody waits for any more
+
+
+class Count(NamedTuple):
+    """How many tokens there are, and how many of them are masked."""
+
+    tokens: int
+    masked: int
+
+    @classmethod
+    def sum(cls, counts: Iterable[Count]) -> Count:
+        """Of several batches, or ranks."""
+        tokens, masked = zip(*counts, strict=True)
+        return cls(sum(tokens), sum(masked))
+
+
+class Masked(NamedTuple):
+    """The tokens that are to be predicted.
+
+    Args:
+        places: [M] int64: which of the T tokens.
+        labels: [M] int64: the ids that stood there.
+    """
+
+    places: torch.Tensor
+    labels: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,6 +61,7 @@ class Batch:
         max_seqlen: tokens of a row, which no segment exceeds; the same for all batches.
         first_position: place in the stream of rows; names the batch, and seeds its dropout.
         row_ids: the rows' numbers in the shards.
+        masked: what is to be predicted, where the objective has that; input_ids are masked then.
     """
 
     input_ids: torch.Tensor
@@ -43,11 +70,23 @@ class Batch:
     max_seqlen: int
     first_position: int
     row_ids: tuple[int, ...]
+    masked: Masked | None = None
 
     @property
     def num_tokens(self) -> int:
         """T."""
         return self.input_ids.shape[1]
+
+    @property
+    def count(self) -> Count:
+        """T and M."""
+        return Count(self.num_tokens, 0 if self.masked is None else len(self.masked.places))
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor | int, ...]:
+        """What a model's forward pass takes, in its order."""
+        packed = (self.input_ids, self.positions, self.cu_seqlens, self.max_seqlen)
+        return packed if self.masked is None else (*packed, self.masked.places)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; from pinned memory without waiting."""
@@ -63,6 +102,7 @@ class Batch:
             input_ids=function(self.input_ids),
             positions=function(self.positions),
             cu_seqlens=function(self.cu_seqlens),
+            masked=None if self.masked is None else Masked(*map(function, self.masked)),
         )
 
 
@@ -70,12 +110,27 @@ class Loader:
     """The micro-batches of a rank, for any step, in any order of asking.
 
     While a step is trained on, a thread reads the next one.
+
+    Args:
+        reader: of the shards.
+        topology: whose rank reads.
+        batch_size: rows of a step, over all ranks.
+        micro: rows of a micro-batch.
+        seed: of the order of rows.
+        masking: of tokens that are to be predicted; None leaves the text as it is.
     """
 
     def __init__(
-        self, reader: ShardReader, topology: Topology, *, batch_size: int, micro: int, seed: int
+        self,
+        reader: ShardReader,
+        topology: Topology,
+        *,
+        batch_size: int,
+        micro: int,
+        seed: int,
+        masking: Masking | None = None,
     ) -> None:
-        self._reader, self._topology = reader, topology
+        self._reader, self._topology, self._masking = reader, topology, masking
         blocks = reader.blocks()
         sizes = [block.rows for block in blocks]
         if set(sizes[:-1]) - {sizes[0]} or sizes[-1] > sizes[0]:
@@ -147,7 +202,8 @@ class Loader:
         ids = np.concatenate([part_ids for part_ids, _ in parts])
         lengths = np.concatenate([part_lengths for _, part_lengths in parts])
         is_text = ids[np.cumsum(lengths) - lengths] != self._pad_id
-        ids, lengths = ids[np.repeat(is_text, lengths)].astype(np.int64), lengths[is_text]
+        keep, lengths = np.repeat(is_text, lengths), lengths[is_text]
+        ids, masked = self._mask(ids.astype(np.int64), keep, first_position, language)
         bounds = np.concatenate([[0], np.cumsum(lengths)])
         positions = np.arange(len(ids)) - np.repeat(bounds[:-1], lengths)
         return Batch(
@@ -157,7 +213,25 @@ class Loader:
             max_seqlen=self._reader.manifest.seq_len,
             first_position=first_position,
             row_ids=row_ids,
+            masked=masked,
         )
+
+    def _mask(
+        self,
+        ids: npt.NDArray[np.int64],
+        keep: npt.NDArray[np.bool_],
+        first_position: int,
+        language: str | None,
+    ) -> tuple[npt.NDArray[np.int64], Masked | None]:
+        """The ids that are kept, masked where that is asked for, and what is to be predicted."""
+        if self._masking is None:
+            return ids[keep], None
+        first = first_position * self._reader.manifest.seq_len
+        stream = "train" if language is None else f"heldout/{language}"
+        shown, is_chosen = self._masking(ids, first, stream)
+        places = np.flatnonzero(is_chosen[keep])
+        labels = torch.from_numpy(ids[keep][places])
+        return shown[keep], Masked(torch.from_numpy(places), labels)
 
     def _read_rows(
         self, index: int, rows: range, language: str | None

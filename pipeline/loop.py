@@ -16,8 +16,7 @@ from data_prep.command import (
     RunError,
 )
 from pipeline.collectives import agree, all_max, on_rank_0
-from pipeline.loader import Batch
-from pipeline.objectives import minilmv2, total
+from pipeline.loader import Batch, Count
 from pipeline.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -63,25 +62,26 @@ def train_step(run: Run) -> bool:
     step, world_size, recipe = run.state.step, run.topology.world_size, run.recipe
     batches: list[Batch] = []
 
-    def read() -> int:
+    def read() -> Count:
         batches.extend(run.loader.micro_batches(step))
-        return sum(batch.num_tokens for batch in batches)
+        return Count.sum(batch.count for batch in batches)
 
-    num_tokens = sum(agree(read))  # over all ranks; damaged data on one rank ends all of them
-    sums = []
+    count = Count.sum(agree(read))  # over all ranks; damaged data on one rank ends all of them
+    parts_of = []
     for number, batch in enumerate(batches):
         torch.manual_seed(dropout_seed(recipe.seed, batch))
         batch = batch.to(run.device)
         targets = run.teacher(batch)
-        losses = minilmv2(run.engine(batch), targets, batch.cu_seqlens, recipe.objective)
-        # The engine averages over micro-batches and ranks; the loss is the mean over tokens.
-        share = batch.num_tokens * len(batches) * world_size / num_tokens
-        run.engine.backward(total(losses, recipe.objective) * share)
-        sums.append(torch.stack(list(losses.values())).detach().double() * batch.num_tokens)
+        losses = run.objective.losses(run.engine(batch), targets, batch)
+        shares = run.objective.shares(batch.count, count)
+        parts = {term: loss * shares[term] for term, loss in losses.items()}
+        # The engine averages over micro-batches and ranks; these are parts of a sum.
+        run.engine.backward(run.objective.total(parts) * (len(batches) * world_size))
+        parts_of.append(torch.stack(list(parts.values())).detach().double())
         if number < len(batches) - 1:
             run.engine.between_micro_batches()
-    sums_per_batch = torch.stack(sums)
-    stop = check_step(run, sums_per_batch, batches)
+    parts_per_batch = torch.stack(parts_of)
+    stop = check_step(run, parts_per_batch, batches)
     rate = learning_rate(step, recipe.train)
     result = run.engine.step(rate)
     if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
@@ -89,10 +89,10 @@ def train_step(run: Run) -> bool:
     if run.row_log is not None:
         rows = [row for batch in batches for row in batch.row_ids]
         run.row_log.write({"step": step + 1, "rows": rows})
-    run.advance(num_tokens, time.perf_counter() - started)
+    run.advance(count.tokens, time.perf_counter() - started)
     done = run.state.step
     if done % recipe.train.log_every == 0 or done in (1, recipe.train.max_steps):
-        run.log(sums_per_batch.sum(0), num_tokens, rate, result)
+        run.log(parts_per_batch.sum(0), rate, result)
     return stop
 
 
@@ -105,18 +105,18 @@ def dropout_seed(seed: int, batch: Batch) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
 
 
-def check_step(run: Run, sums_per_batch: torch.Tensor, batches: Sequence[Batch]) -> bool:
+def check_step(run: Run, parts_per_batch: torch.Tensor, batches: Sequence[Batch]) -> bool:
     """Let all ranks agree that every loss is finite, and whether to stop after this step.
 
     Args:
         run: the run.
-        sums_per_batch: [batches, relations], the losses of this rank's batches.
+        parts_per_batch: [batches, terms], what this rank's batches add to the step's losses.
         batches: this rank's batches of the step.
 
     Raises:
         RunError: on the rank whose loss is not finite, naming step, rank and rows.
     """
-    finite = sums_per_batch.isfinite().all(dim=1)
+    finite = parts_per_batch.isfinite().all(dim=1)
     flags = torch.stack([~finite.all(), torch.tensor(run.stop.requested(), device=run.device)])
     is_bad, stop = all_max(flags.int()).bool().tolist()
     if is_bad:

@@ -7,12 +7,18 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.profiler import record_function
-from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 from transformers.utils import logging
 
 from data_prep.command import ConfigError, one_line
@@ -23,8 +29,8 @@ from pipeline.dropout import replace_dropout
 from pipeline.embedding import StepEmbedding
 from pipeline.float8 import CAPABILITY, to_float8
 from pipeline.loader import Batch
-from pipeline.objectives import QKV
-from pipeline.prepacked import can_prepack
+from pipeline.objectives import QKV, Compared, Outputs, Predictions
+from pipeline.prepacked import can_prepack, prepack
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
 logging.disable_progress_bar()
@@ -37,27 +43,28 @@ class Encoder(nn.Module):
     """An encoder over packed segments, run layer by layer; parameters keep the full model's names.
 
     Args:
-        model: a transformers encoder of a known architecture; its pooler is taken out.
+        model: a transformers encoder of a known architecture, with or without a head; its pooler is
+            taken out.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.architecture = architecture_of(model.config)
-        self.architecture.drop_pooler(model)
+        self.architecture.drop_pooler(model.base_model)
         model.set_input_embeddings(StepEmbedding(model.get_input_embeddings()))
         replace_dropout(model)
         self.model = model
 
     @property
-    def word_embeddings(self) -> StepEmbedding:
-        """The embedding of token ids."""
+    def word_embeddings(self) -> StepEmbedding | None:
+        """The embedding of token ids, where nothing but the ids' lookup reads it."""
         embedding: StepEmbedding = self.model.get_input_embeddings()
         return embedding
 
     @property
-    def num_layers(self) -> int:
-        """Layers that the model has."""
-        return len(self.architecture.layers(self.model))
+    def layers(self) -> Any:
+        """The layers, in order."""
+        return self.architecture.layers(self.model.base_model)
 
     def qkv_of_layers(
         self,
@@ -82,7 +89,7 @@ class Encoder(nn.Module):
         states = self._states(input_ids, positions, cu_seqlens, max_seqlen)
         for index, (hidden, rotations) in enumerate(itertools.islice(states, layers[-1])):
             if index + 1 in layers:
-                yield self.architecture.project(self.model, index, hidden, rotations)
+                yield self.architecture.project(self.model.base_model, index, hidden, rotations)
 
     def _states(
         self,
@@ -92,12 +99,13 @@ class Encoder(nn.Module):
         max_seqlen: int,
     ) -> Iterator[tuple[torch.Tensor, Any]]:
         """Each layer's input and the last one's output, [1, T, hidden], with the rotations."""
-        hidden = self.architecture.embed(self.model, input_ids, positions)
-        rotations = self.architecture.rotations(self.model, hidden, positions)
+        body = self.model.base_model
+        hidden = self.architecture.embed(body, input_ids, positions)
+        rotations = self.architecture.rotations(body, hidden, positions)
         yield hidden, rotations
-        for index in range(self.num_layers):
+        for index in range(len(self.layers)):
             hidden = self.architecture.run_layer(
-                self.model, index, hidden, rotations, cu_seqlens, max_seqlen
+                body, index, hidden, rotations, cu_seqlens, max_seqlen
             )
             yield hidden, rotations
 
@@ -114,11 +122,13 @@ class CutEncoder(Encoder):
 
     Args:
         model: a transformers encoder of a known architecture; its last layer is the one cut.
+        projections: letters of the last layer's projections that are kept, where the architecture
+            has them apart; the others give None.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, projections: str = "qkv") -> None:
         super().__init__(model)
-        self.architecture.cut(model)
+        self.architecture.cut(model, projections)
 
     def forward(
         self,
@@ -128,17 +138,9 @@ class CutEncoder(Encoder):
         max_seqlen: int,
     ) -> QKV:
         """Queries, keys and values of the last layer, see `qkv_of_layers`."""
-        (qkv,) = self.qkv_of_layers(
-            input_ids, positions, cu_seqlens, max_seqlen, (self.num_layers,)
-        )
+        last = len(self.layers)
+        (qkv,) = self.qkv_of_layers(input_ids, positions, cu_seqlens, max_seqlen, (last,))
         return qkv
-
-
-class Outputs(NamedTuple):
-    """What a whole encoder gives: `last_hidden_state`, [T, hidden], and its last layer's QKV."""
-
-    hidden: torch.Tensor
-    qkv: QKV
 
 
 class WholeEncoder(Encoder):
@@ -162,26 +164,79 @@ class WholeEncoder(Encoder):
             cu_seqlens: [segments + 1] int32.
             max_seqlen: tokens of the longest segment, or more.
         """
+        body = self.model.base_model
         states = self._states(input_ids, positions, cu_seqlens, max_seqlen)
         (last, rotations), (hidden, _) = deque(states, maxlen=2)
-        qkv = self.architecture.project(self.model, self.num_layers - 1, last, rotations)
-        return Outputs(self.architecture.finish(self.model, hidden).squeeze(0), qkv)
+        qkv = self.architecture.project(body, len(self.layers) - 1, last, rotations)
+        return Outputs(self.architecture.finish(body, hidden).squeeze(0), qkv)
+
+
+class MaskedLM(Encoder):
+    """An encoder with its head of masked language modelling.
+
+    Args:
+        model: a transformers model `...ForMaskedLM`.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        for name in self.architecture.mlm_head:
+            # Behind the encoder, so that a weight that both share goes by the embedding's name.
+            part = getattr(model, name)
+            delattr(model, name)
+            setattr(model, name, part)
+
+    @property
+    def word_embeddings(self) -> None:
+        """None: the head reads it too, and its gradient is of all rows in every pass."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        max_seqlen: int,
+        places: torch.Tensor,
+    ) -> Predictions:
+        """The last hidden states, and the logits where a prediction is asked for.
+
+        Args:
+            input_ids: [1, T] int64.
+            positions: [1, T] int64, from 0 in each segment.
+            cu_seqlens: [segments + 1] int32.
+            max_seqlen: tokens of the longest segment, or more.
+            places: [M] int64, which of the T tokens.
+        """
+        *_, (hidden, _) = self._states(input_ids, positions, cu_seqlens, max_seqlen)
+        hidden = self.architecture.finish(self.model.base_model, hidden).squeeze(0)
+        return Predictions(hidden, self.architecture.predict(self.model, hidden[places]))
+
+
+def pack_encoder(model: Any, needs: type[Compared], projections: str = "qkv") -> Encoder:
+    """A transformers model made ready for packed segments, as far as an objective needs it.
+
+    Args:
+        model: as `build_student` and `load_teacher` read it for the same `needs`.
+        needs: of the objective.
+        projections: of the objective, for a student: what its gradient does not reach goes.
+    """
+    if needs is QKV:
+        return CutEncoder(model, projections)
+    return (WholeEncoder if needs is Outputs else MaskedLM)(model)
 
 
 class TeacherModel:
     """The frozen teacher: not a module, so that no engine, optimizer or checkpoint can hold it."""
 
-    def __init__(self, encoder: CutEncoder) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder.eval().requires_grad_(False)
 
     @record_function("teacher")
     @torch.inference_mode()
-    def __call__(self, batch: Batch) -> QKV:
-        """Queries, keys and values of the teacher's layer, each [T, teacher width]."""
-        qkv: QKV = self._encoder(
-            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
-        )
-        return qkv
+    def __call__(self, batch: Batch) -> Compared:
+        """What the teacher's layer gives of the batch."""
+        outputs: Compared = self._encoder(*batch.inputs)
+        return outputs
 
     @torch.inference_mode()
     def qkv_of_layers(self, batch: Batch, layers: Sequence[int]) -> Iterator[QKV]:
@@ -227,8 +282,13 @@ def longest_segment(config: Any) -> int:
     return architecture_of(config).longest_segment(config)
 
 
-def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
+def load_teacher(recipe: Recipe, device: torch.device, needs: type[Compared] = QKV) -> TeacherModel:
     """The teacher up to its layer; layers above are not even read into memory.
+
+    Args:
+        recipe: names the teacher, its layer and its dtype.
+        device: that it runs on.
+        needs: of the objective.
 
     Raises:
         ConfigError: the folder lacks weights that the teacher needs.
@@ -244,13 +304,14 @@ def load_teacher(recipe: Recipe, device: torch.device) -> TeacherModel:
             f"{torch.cuda.get_device_name()} is below; use bfloat16"
         )
     dtype = torch.bfloat16 if is_float8 else getattr(torch, recipe.teacher.dtype)
-    model = _load("teacher.model", recipe.teacher.model, config, dtype)
-    encoder = CutEncoder(model).to(device).requires_grad_(False)
+    model = _load("teacher.model", recipe.teacher.model, config, dtype, needs)
+    encoder = pack_encoder(model, needs).to(device).requires_grad_(False)
     if is_float8:
-        for layer in architecture.layers(model)[:-1]:  # the last one's products are the targets
+        for layer in encoder.layers[:-1]:  # the last one's products are the targets
             to_float8(layer)
     elif can_prepack(encoder):
-        architecture.prepack(model)
+        architecture.prepack(model.base_model)
+        prepack(model)
     return TeacherModel(encoder)
 
 
@@ -309,25 +370,42 @@ def unused_shape_keys(student: Student, config: Any) -> list[str]:
     ]
 
 
-def build_student(student: Student, config: Any, seed: int) -> Any:
+def build_student(student: Student, config: Any, seed: int, needs: type[Compared] = QKV) -> Any:
     """The whole student in fp32: new, the same for every rank of a seed, or from a folder.
+
+    Args:
+        student: of the recipe.
+        config: of `student_config`; is told the model's class, by which it is exported.
+        seed: of the weights that are new.
+        needs: of the objective: a model that predicts has a head, new where a folder has none.
 
     Raises:
         ConfigError: student.model lacks weights of its encoder.
     """
-    torch.manual_seed(seed)  # also for what a folder may lack: the pooler
+    torch.manual_seed(seed)  # also for what a folder may lack: the pooler, the head
     if student.model:
-        return _load("student.model", student.model, config, torch.float32)
-    model = AutoModel.from_config(config, attn_implementation=PACKED)
-    replace_dropout(model)
+        new = ("pooler.", *(f"{part}." for part in architecture_of(config).mlm_head))
+        model = _load("student.model", student.model, config, torch.float32, needs, may_lack=new)
+    else:
+        model = _auto_class(needs).from_config(config, attn_implementation=PACKED)
+        replace_dropout(model)
+    config.architectures = [type(model).__name__]
     return model
+
+
+def own_weights(model: Any) -> dict[str, torch.Tensor]:
+    """A model's weights by name, without those that share another's: as it is saved."""
+    shared = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
 
 
 def parameter_shapes(folder: Path) -> dict[str, torch.Size]:
     """The names and shapes of the whole model that a folder's config.json describes."""
+    config = AutoConfig.from_pretrained(folder)
+    predicts = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     with torch.device("meta"):
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+        model = _auto_class(Predictions if predicts else Outputs).from_config(config)
+    return {name: tensor.shape for name, tensor in own_weights(model).items()}
 
 
 def num_word_embeddings(folder: Path) -> int:
@@ -337,9 +415,20 @@ def num_word_embeddings(folder: Path) -> int:
     return int(model.get_input_embeddings().weight.numel())
 
 
-def _load(key: str, source: str, config: Any, dtype: torch.dtype) -> Any:
+def _auto_class(needs: type[Compared]) -> Any:
+    return AutoModelForMaskedLM if needs is Predictions else AutoModel
+
+
+def _load(
+    key: str,
+    source: str,
+    config: Any,
+    dtype: torch.dtype,
+    needs: type[Compared],
+    may_lack: tuple[str, ...] = ("pooler.",),
+) -> Any:
     try:
-        model, loading = AutoModel.from_pretrained(
+        model, loading = _auto_class(needs).from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -351,11 +440,14 @@ def _load(key: str, source: str, config: Any, dtype: torch.dtype) -> Any:
             f"{key}={source!r} does not load ({one_line(error)}); give a whole model folder or a "
             "hub id"
         ) from error
-    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith(may_lack))
     if missing:
+        whole = "the whole encoder"
+        if needs is Predictions:
+            whole += " and its head of masked language modelling"
         raise ConfigError(
             f"{key}={source!r} has no weights for {missing[0]!r} and {len(missing) - 1} more, "
-            "which would be random; name a folder with the whole encoder"
+            f"which would be random; name a folder with {whole}"
         )
     return model
 

@@ -26,24 +26,26 @@ from data_prep.durable import write_durably
 from data_prep.shards import MANIFEST, ShardReader, tokenizer_fingerprint
 from pipeline.checkpoint import Checkpoints, State, check_identity, identity, tag_of
 from pipeline.collectives import all_sum, on_rank_0
-from pipeline.config import ROOT, Recipe, check_shapes, check_world, read_ds_config
+from pipeline.config import ROOT, Recipe, check_layer, check_world, read_ds_config
 from pipeline.engine import Engine, StepResult, init_distributed, merge_ds_config
 from pipeline.export import CONFIG, export_student, save_start
 from pipeline.heldout import heldout_losses
 from pipeline.loader import Batch, Loader
+from pipeline.masking import Masking
 from pipeline.metrics import JsonLines, Metrics
 from pipeline.models import (
-    CutEncoder,
     TeacherModel,
     build_student,
     load_teacher,
     load_tokenizer,
     longest_segment,
+    own_weights,
+    pack_encoder,
     read_config,
     student_config,
     unused_shape_keys,
 )
-from pipeline.objectives import active_relations
+from pipeline.objectives import DistillationObjective, build_objective
 from pipeline.provenance import provenance
 from pipeline.report import write_report
 from pipeline.stopping import StopRequest
@@ -65,6 +67,7 @@ class Run:
     stop: StopRequest
     loader: Loader
     heldout: dict[str, list[Batch]]
+    objective: DistillationObjective
     teacher: TeacherModel
     engine: Engine
     checkpoints: Checkpoints
@@ -83,26 +86,24 @@ class Run:
         self.seconds += seconds
         self.bar.update()
 
-    def log(self, sums: torch.Tensor, num_tokens: int, rate: float, result: StepResult) -> None:
+    def log(self, parts: torch.Tensor, rate: float, result: StepResult) -> None:
         """Write the step's metrics.
 
         Args:
-            sums: [relations] float64, this rank's losses times tokens, in the objective's order.
-            num_tokens: of the step, over all ranks.
+            parts: [terms] float64, what this rank adds to the step's losses.
             rate: the step's learning rate.
             result: what the engine says of the step.
         """
-        means = (all_sum(sums) / num_tokens).tolist()
-        weights = self.recipe.objective.relations
-        losses = dict(zip(active_relations(self.recipe.objective), means, strict=True))
-        loss = sum(weights[name] * mean for name, mean in losses.items())
+        weights = self.objective.weights
+        losses = dict(zip(weights, all_sum(parts).tolist(), strict=True))
+        loss = sum(weights[term] * mean for term, mean in losses.items())
         tokens = self.state.tokens - self.tokens_logged
         if self.metrics is not None:
             self.metrics.write(
                 self.state.step,
                 {
                     "loss": loss,
-                    **{f"loss_{name}": mean for name, mean in losses.items()},
+                    **{f"loss_{term}": mean for term, mean in losses.items()},
                     "lr": rate,
                     "grad_norm": result.grad_norm if result.applied else None,
                     "tokens": self.state.tokens,
@@ -119,7 +120,7 @@ class Run:
                 self.engine,
                 self.teacher,
                 self.heldout,
-                self.recipe.objective,
+                self.objective,
                 self.topology,
                 self.device,
             )
@@ -171,12 +172,8 @@ def assemble(
     ds_config = merge_ds_config(ds_policy, recipe, topology.world_size)
     teacher_config = read_config("teacher.model", recipe.teacher.model)
     config = student_config(recipe.student, teacher_config)
-    check_shapes(
-        recipe,
-        teacher_layers=teacher_config.num_hidden_layers,
-        teacher_hidden=teacher_config.hidden_size,
-        student_hidden=config.hidden_size,
-    )
+    check_layer(recipe, teacher_config.num_hidden_layers)
+    objective = build_objective(recipe, teacher_config, config)
     unused = unused_shape_keys(recipe.student, config)
     if unused and topology.rank == 0:
         print(f"note: student.model brings its own shape, unused are {', '.join(unused)}")
@@ -205,6 +202,7 @@ def assemble(
             device=device,
             ds_config=ds_config,
             student_config=config,
+            objective=objective,
             reader=reader,
             checkpoints=checkpoints,
             saved=saved,
@@ -223,6 +221,7 @@ class _Checked:
     device: torch.device
     ds_config: dict[str, Any]
     student_config: Any
+    objective: DistillationObjective
     reader: ShardReader
     checkpoints: Checkpoints
     saved: State | None
@@ -231,6 +230,7 @@ class _Checked:
 
 def _build(checked: _Checked, stop: StopRequest) -> Run:
     recipe, topology, reader = checked.recipe, checked.topology, checked.reader
+    objective = checked.objective
     output_dir, train = Path(recipe.output_dir), recipe.train
     loader = Loader(
         reader,
@@ -238,8 +238,9 @@ def _build(checked: _Checked, stop: StopRequest) -> Run:
         batch_size=train.batch_size,
         micro=train.micro_batch_size,
         seed=recipe.seed,
+        masking=_masking(recipe, objective),
     )
-    teacher = load_teacher(recipe, checked.device)
+    teacher = load_teacher(recipe, checked.device, objective.needs)
     engine, state = _engine(checked)
     engine.train(True)
     is_first = topology.rank == 0
@@ -251,6 +252,7 @@ def _build(checked: _Checked, stop: StopRequest) -> Run:
         stop=stop,
         loader=loader,
         heldout={language: loader.heldout(language) for language in reader.manifest.heldout_rows},
+        objective=objective,
         teacher=teacher,
         engine=engine,
         checkpoints=checked.checkpoints,
@@ -268,14 +270,21 @@ def _build(checked: _Checked, stop: StopRequest) -> Run:
     )
 
 
+def _masking(recipe: Recipe, objective: DistillationObjective) -> Masking | None:
+    if not objective.mask_probability:
+        return None
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    return Masking(tokenizer, objective.mask_probability, recipe.seed)
+
+
 def _engine(checked: _Checked) -> tuple[Engine, State]:
     """The student in its engine: as it starts, or as the checkpoint has it."""
     recipe, config, saved = checked.recipe, checked.student_config, checked.saved
     checkpoints, world_size = checked.checkpoints, checked.topology.world_size
-    model = build_student(recipe.student, config, recipe.seed)
-    config.architectures = [type(model).__name__]
-    whole = model.state_dict()
-    student = CutEncoder(model)
+    objective = checked.objective
+    model = build_student(recipe.student, config, recipe.seed, objective.needs)
+    whole = own_weights(model)
+    student = pack_encoder(model, objective.needs, objective.projections)
     if saved is None:
         untrained = {name: whole[name] for name in whole.keys() - student.named_weights().keys()}
         on_rank_0(

@@ -12,7 +12,8 @@ import pytest
 import yaml
 
 from data_prep.command import ConfigError
-from pipeline.chain import Chain, Stage, check_chain, main, stage_arguments
+from pipeline.chain import Chain, Stage, check_chain, main, read_chain, stage_arguments
+from pipeline.config import load_recipe
 from tests.pipeline.launch import ROOT, environment, free_port, has_step, metrics, wait_for
 
 
@@ -109,3 +110,12 @@ def test_the_first_stage_may_choose_its_teacher() -> None:
     assert "--teacher.model=x" in stage_arguments(chain, 0)
     assert '--objective.relations={"qq": 1}' in stage_arguments(chain, 0)
     assert stage_arguments(chain, 1)[-1] == "--teacher.model=out/a/student"
+
+
+def test_the_stages_of_the_repositorys_chain_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    chain = read_chain(["recipes/chain.yaml"])
+    check_chain(chain)
+    recipes = [load_recipe(stage_arguments(chain, number))[0] for number in (0, 1)]
+    assert recipes[0].student.num_hidden_layers > recipes[1].student.num_hidden_layers
+    assert recipes[1].teacher.model == f"{recipes[0].output_dir}/student"

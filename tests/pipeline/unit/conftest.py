@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
 from data_prep import build_shards
 from pipeline.config import Data, Objective, Recipe, Student, Teacher, Train
+from pipeline.objectives import DistillationObjective, build_objective
 from pipeline.topology import Topology
 
 REPO = Path(__file__).parents[3]
@@ -73,6 +75,22 @@ def make_recipe(pocket_teacher: Path) -> Callable[..., Recipe]:
             ),
             data=Data(**{"shards": "shards", **(data or {})}),
         )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_objective() -> Callable[..., DistillationObjective]:
+    """A recipe's objective for a teacher of width 12 and a student of width 8."""
+
+    def make(recipe: Recipe, teacher: int = 12, student: int = 8) -> DistillationObjective:
+        shapes = [
+            SimpleNamespace(
+                hidden_size=width, num_attention_heads=4, num_hidden_layers=3, vocab_size=40
+            )
+            for width in (teacher, student)
+        ]
+        return build_objective(recipe, *shapes)
 
     return make
 

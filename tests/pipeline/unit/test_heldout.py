@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,10 +8,10 @@ import pytest
 import torch
 
 from pipeline import heldout
-from pipeline.config import Objective, Recipe
+from pipeline.config import Recipe
 from pipeline.heldout import heldout_losses
 from pipeline.loader import Batch
-from pipeline.objectives import QKV, minilmv2, total
+from pipeline.objectives import QKV, DistillationObjective
 from pipeline.topology import Topology
 
 
@@ -50,12 +51,15 @@ BATCHES = {
 
 
 @pytest.fixture
-def objective(make_recipe: Callable[..., Recipe]) -> Objective:
-    return make_recipe(objective={"relations": {"qq": 1.0, "kk": 0.0, "vv": 2.0}}).objective
+def objective(
+    make_recipe: Callable[..., Recipe], make_objective: Callable[..., DistillationObjective]
+) -> DistillationObjective:
+    relations = {"qq": 1.0, "kk": 0.0, "vv": 2.0}
+    return make_objective(make_recipe(objective={"relations": relations}))
 
 
 @pytest.fixture
-def expected(objective: Objective) -> dict[str, float]:
+def expected(objective: DistillationObjective) -> dict[str, float]:
     """Every language's tokens in one batch, as the objective sees it."""
     means = {}
     for language, batches in BATCHES.items():
@@ -67,15 +71,18 @@ def expected(objective: Objective) -> dict[str, float]:
         for batch in batches:
             start = bounds[-1]
             bounds += [start + bound for bound in batch.cu_seqlens.tolist()[1:]]
-        losses = minilmv2(seen["student"], seen["teacher"], torch.tensor(bounds), objective)
-        means[language] = float(total(losses, objective))
+        whole = dataclasses.replace(batches[0], cu_seqlens=torch.tensor(bounds))
+        losses = objective.losses(seen["student"], seen["teacher"], whole)
+        means[language] = float(objective.total(losses))
     return {
         "heldout_loss": sum(means.values()) / len(means),
         **{f"heldout_loss_{language}": mean for language, mean in means.items()},
     }
 
 
-def evaluate(rank: int, world_size: int, objective: Objective) -> tuple[dict[str, float], Model]:
+def evaluate(
+    rank: int, world_size: int, objective: DistillationObjective
+) -> tuple[dict[str, float], Model]:
     topology = Topology(
         rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size
     )
@@ -87,7 +94,7 @@ def evaluate(rank: int, world_size: int, objective: Objective) -> tuple[dict[str
 
 
 def test_each_language_is_a_mean_over_its_tokens(
-    objective: Objective, expected: dict[str, float]
+    objective: DistillationObjective, expected: dict[str, float]
 ) -> None:
     losses, engine = evaluate(0, 1, objective)
     assert losses == pytest.approx(expected, rel=1e-5)
@@ -98,7 +105,7 @@ def test_each_language_is_a_mean_over_its_tokens(
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_ranks_share_the_batches_and_count_each_once(
     world_size: int,
-    objective: Objective,
+    objective: DistillationObjective,
     expected: dict[str, float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

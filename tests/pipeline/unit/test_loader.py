@@ -19,6 +19,8 @@ import webdataset
 from data_prep.command import RunError
 from data_prep.shards import Block, ShardReader
 from pipeline.loader import Batch, Loader
+from pipeline.masking import Masking
+from pipeline.models import load_tokenizer
 from pipeline.topology import Topology
 
 SEED = 3
@@ -75,13 +77,18 @@ def train_rows(folder: Path, which: str) -> list[Row]:
 
 
 def make_loader(
-    folder: Path, rank: int = 0, world_size: int = 1, batch_size: int = 8, micro: int = 2
+    folder: Path,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 8,
+    micro: int = 2,
+    masking: Masking | None = None,
 ) -> Loader:
     topology = Topology(
         rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size
     )
     reader = ShardReader(str(folder))
-    return Loader(reader, topology, batch_size=batch_size, micro=micro, seed=SEED)
+    return Loader(reader, topology, batch_size=batch_size, micro=micro, seed=SEED, masking=masking)
 
 
 def step_rows(folder: Path, step: int, world_size: int) -> list[int]:
@@ -207,6 +214,99 @@ def test_moving_a_batch_moves_all_of_it(shards: Path, one_rank: Topology) -> Non
     assert moved.input_ids.device.type == moved.positions.device.type == "meta"
     assert moved.cu_seqlens.device.type == "meta"
     assert (moved.row_ids, moved.first_position) == (batch.row_ids, batch.first_position)
+
+
+# Masked text
+
+
+@pytest.fixture
+def masking(folder: Path, which: str, request: pytest.FixtureRequest) -> Masking:
+    tokenizer = {"shards": "pocket_teacher", "bert_shards": "bert_tokenizer"}[which]
+    return Masking(load_tokenizer(str(request.getfixturevalue(tokenizer))), 0.15, SEED)
+
+
+def unmasked(batch: Batch) -> torch.Tensor:
+    """The ids as they were, from what is shown and what is to be predicted."""
+    assert batch.masked is not None
+    ids = batch.input_ids.clone()
+    ids[0, batch.masked.places] = batch.masked.labels
+    return ids
+
+
+@each_tokenizer
+def test_masked_text_is_the_text_but_for_what_is_to_be_predicted(
+    folder: Path, which: str, masking: Masking
+) -> None:
+    num_masked = num_tokens = 0
+    for step in range(10):
+        plain = make_loader(folder).micro_batches(step)
+        for text, batch in zip(
+            plain, make_loader(folder, masking=masking).micro_batches(step), strict=True
+        ):
+            assert batch.masked is not None
+            places, labels = batch.masked
+            assert torch.equal(unmasked(batch), text.input_ids)
+            assert (places.dtype, labels.dtype) == (torch.int64, torch.int64)
+            assert not torch.isin(labels, torch.tensor(CLS_SEP_PAD[which])).any()
+            assert torch.equal(batch.cu_seqlens, text.cu_seqlens)
+            assert batch.count == (text.num_tokens, len(places))
+            assert torch.equal(batch.inputs[4], places)
+            num_masked, num_tokens = num_masked + len(places), num_tokens + text.num_tokens
+    assert 0.1 < num_masked / num_tokens < 0.16  # special tokens are never chosen
+
+
+@pytest.mark.parametrize("which", ["shards"])
+@pytest.mark.parametrize(("world_size", "micro"), [(1, 8), (2, 2), (4, 1), (8, 1)])
+def test_a_rows_mask_is_the_same_for_any_ranks_and_micro_batches(
+    folder: Path, masking: Masking, world_size: int, micro: int
+) -> None:
+    def shown(world_size: int, micro: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = [
+            batch
+            for rank in range(world_size)
+            for batch in make_loader(
+                folder, rank, world_size, micro=micro, masking=masking
+            ).micro_batches(step)
+        ]
+        labels = [batch.masked.labels for batch in batches if batch.masked is not None]
+        return torch.cat([batch.input_ids for batch in batches], dim=1), torch.cat(labels)
+
+    for step in (0, 1, 40):
+        for ours, theirs in zip(shown(world_size, micro, step), shown(1, 2, step), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("which", ["shards"])
+def test_another_epoch_masks_a_row_elsewhere(folder: Path, masking: Masking) -> None:
+    num_rows = ShardReader(str(folder)).manifest.rows
+    loader = make_loader(folder, micro=1, masking=masking)
+    masks: dict[int, set[tuple[int, ...]]] = {}
+    for step in range(-(-2 * num_rows // 8)):
+        for batch in loader.micro_batches(step):
+            assert batch.masked is not None
+            masks.setdefault(batch.row_ids[0], set()).add(tuple(batch.masked.places.tolist()))
+    assert sum(len(seen) == 2 for seen in masks.values()) > 0.9 * num_rows
+
+
+@pytest.mark.parametrize("which", ["shards"])
+def test_heldout_rows_have_one_mask_for_good(folder: Path, masking: Masking) -> None:
+    def masks(language: str, rank: int, micro: int) -> list[int]:
+        ids: list[int] = []
+        for batch in make_loader(folder, rank, 2, micro=micro, masking=masking).heldout(language):
+            ids += batch.input_ids[0].tolist()
+        return ids
+
+    assert masks("de", 0, 2) == masks("de", 1, 2) == masks("de", 0, 1)
+    (batch, *_) = make_loader(folder, masking=masking).heldout("de")
+    assert batch.masked is not None
+    assert len(batch.masked.places)
+
+
+@pytest.mark.parametrize("which", ["shards"])
+def test_moving_a_batch_moves_what_is_to_be_predicted(folder: Path, masking: Masking) -> None:
+    moved = make_loader(folder, masking=masking).micro_batches(0)[0].to(torch.device("meta"))
+    assert moved.masked is not None
+    assert {tensor.device.type for tensor in moved.masked} == {"meta"}
 
 
 def assert_same(batches: list[Batch], expected: list[Batch]) -> None:

@@ -14,9 +14,9 @@ import torch
 from data_prep.command import RunError
 from pipeline.config import Recipe
 from pipeline.engine import StepResult
-from pipeline.loader import Batch
+from pipeline.loader import Batch, Count
 from pipeline.loop import train_step
-from pipeline.objectives import QKV, minilmv2, total
+from pipeline.objectives import QKV
 from pipeline.topology import Topology
 
 LENGTHS = [(5, 2), (1,), (9, 1, 3), (4,)]  # of the segments of each micro-batch
@@ -78,7 +78,9 @@ def teacher(batch: Batch) -> QKV:
 
 
 @pytest.fixture
-def make_run(make_recipe: Callable[..., Recipe], one_rank: Topology) -> Callable[..., Any]:
+def make_run(
+    make_recipe: Callable[..., Recipe], make_objective: Callable[..., Any], one_rank: Topology
+) -> Callable[..., Any]:
     def make(*, step: int = 0, seed: int = 1, **train: Any) -> Any:
         recipe = make_recipe(seed=seed, train={"warmup_steps": 0, **train})
         run = SimpleNamespace(
@@ -90,6 +92,7 @@ def make_run(make_recipe: Callable[..., Recipe], one_rank: Topology) -> Callable
                 micro_batches=lambda step: make_batches(8 * step),
                 order=SimpleNamespace(row_ids=lambda positions: [100 + p for p in positions]),
             ),
+            objective=make_objective(recipe),
             teacher=teacher,
             engine=StandInEngine(),
             row_log=None,
@@ -103,7 +106,7 @@ def make_run(make_recipe: Callable[..., Recipe], one_rank: Topology) -> Callable
             run.advanced.append(num_tokens)
 
         run.advance = advance
-        run.log = lambda sums, num_tokens, rate, result: run.logged.append((sums, num_tokens, rate))
+        run.log = lambda parts, rate, result: run.logged.append((parts, rate))
         return run
 
     return make
@@ -116,14 +119,16 @@ def whole_batch_losses(run: Any) -> dict[str, torch.Tensor]:
     student = QKV(*(torch.cat(parts) for parts in zip(*vectors, strict=True)))
     target = QKV(*(torch.cat(p) for p in zip(*[teacher(b) for b in batches], strict=True)))
     bounds = torch.tensor([0, *[n for lengths in LENGTHS for n in lengths]]).cumsum(0)
-    return minilmv2(student, target, bounds, run.recipe.objective)
+    whole = dataclasses.replace(batches[0], cu_seqlens=bounds)
+    losses: dict[str, torch.Tensor] = run.objective.losses(student, target, whole)
+    return losses
 
 
 def test_the_gradient_is_of_the_mean_over_the_steps_tokens(make_run) -> None:
     """However unequal the micro-batches are."""
     run = make_run()
     (expected,) = torch.autograd.grad(
-        total(whole_batch_losses(run), run.recipe.objective), run.engine.table
+        run.objective.total(whole_batch_losses(run)), run.engine.table
     )
     assert train_step(run) is False
     assert run.engine.table.grad is not None
@@ -135,10 +140,10 @@ def test_a_rank_weighs_its_tokens_among_all_ranks(make_run, monkeypatch) -> None
     """The other of two ranks has 15 tokens; DeepSpeed then averages the two gradients."""
     run = make_run()
     (mean_of_mine,) = torch.autograd.grad(
-        total(whole_batch_losses(run), run.recipe.objective), run.engine.table
+        run.objective.total(whole_batch_losses(run)), run.engine.table
     )
     run.topology = dataclasses.replace(run.topology, world_size=2)
-    monkeypatch.setattr("pipeline.loop.agree", lambda work: [work(), 15])
+    monkeypatch.setattr("pipeline.loop.agree", lambda work: [work(), Count(15, 0)])
     train_step(run)
     assert run.engine.table.grad is not None
     torch.testing.assert_close(
@@ -147,13 +152,12 @@ def test_a_rank_weighs_its_tokens_among_all_ranks(make_run, monkeypatch) -> None
     assert run.advanced == [40]
 
 
-def test_the_logged_sums_are_the_losses_times_tokens(make_run) -> None:
+def test_what_is_logged_adds_up_to_the_losses(make_run) -> None:
     run = make_run()
     train_step(run)
-    ((sums, num_tokens, rate),) = run.logged
+    ((parts, rate),) = run.logged
     expected = [float(loss.detach()) for loss in whole_batch_losses(run).values()]
-    assert (sums / num_tokens).tolist() == pytest.approx(expected, rel=1e-5)
-    assert num_tokens == 25
+    assert parts.tolist() == pytest.approx(expected, rel=1e-5)
     assert run.engine.rates == [rate] == [run.recipe.train.learning_rate]
 
 
