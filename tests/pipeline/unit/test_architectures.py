@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,13 +15,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from data_prep.command import ConfigError
 from pipeline.architectures import ARCHITECTURES, architecture_of
 from pipeline.attention import PACKED
 from pipeline.config import Recipe, Student
-from pipeline.loader import Batch
+from pipeline.loader import Batch, Masked
 from pipeline.models import (
     CutEncoder,
     WholeEncoder,
@@ -33,7 +34,7 @@ from pipeline.models import (
     student_config,
     unused_shape_keys,
 )
-from pipeline.objectives import QKV
+from pipeline.objectives import QKV, Predictions
 from pipeline.prepacked import can_prepack
 
 CPU = torch.device("cpu")
@@ -544,3 +545,42 @@ def test_other_architectures_are_refused_with_a_reason(
     if config.model_type == "gpt2":
         assert all(model_type in str(caught.value) for model_type in ARCHITECTURES)
     assert (repo / "docs" / "adding_a_teacher.md").exists()
+
+
+# Heads of masked language modelling
+
+PREDICTING = {
+    "bert": "BertForMaskedLM",
+    "roberta": "RobertaForMaskedLM",
+    "camembert": "CamembertForMaskedLM",
+    "xlm-r": "XLMRobertaForMaskedLM",
+    "xlm-r-xl": "XLMRobertaXLForMaskedLM",
+    "electra-small": "ElectraForMaskedLM",
+    "distilbert": "DistilBertForMaskedLM",
+    "modernbert": "ModernBertForMaskedLM",
+}
+
+
+@pytest.mark.parametrize("name", PREDICTING)
+def test_logits_are_those_of_segments_alone(
+    name: str, tmp_path: Path, recipe_of: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = dict(TEACHERS[name][1])
+    monkeypatch.setitem(TEACHERS, name, (PREDICTING[name], settings))
+    folder = save_teacher(name, tmp_path)
+    plain = AutoModelForMaskedLM.from_pretrained(folder, attn_implementation="eager").eval()
+    segments = random_segments()
+    places = torch.tensor([0, 6, 7, 9, 30, 38])
+    batch = dataclasses.replace(pack(segments), masked=Masked(places, places))
+    teacher = load_teacher(recipe_of(folder, dtype="float32"), CPU, Predictions)
+    outputs = teacher(batch)
+    with torch.no_grad():
+        alone = [plain(ids[None], output_hidden_states=True) for ids in segments]
+    logits = torch.cat([output.logits[0] for output in alone])
+    torch.testing.assert_close(outputs.logits, logits[places], rtol=1e-5, atol=1e-5)
+    assert outputs.hidden.shape == (sum(LENGTHS), 32)
+
+
+def test_every_architecture_predicts() -> None:
+    classes = [getattr(transformers, TEACHERS[name][0]) for name in PREDICTING]
+    assert {*ARCHITECTURES} == {one.config_class.model_type for one in classes}
