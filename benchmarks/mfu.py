@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_teacher(shape, folder / "teacher")
         recipe = make_recipe(shape, folder, batches=options.batches, rows_per_batch=options.rows)
         run = make_run(recipe, batches)
-        cases = {"whole": lambda: train_step(run), "parts": lambda: step_in_parts(run, clock)}
+        cases = {"whole": lambda: train_step([run]), "parts": lambda: step_in_parts(run, clock)}
         whole = interleaved(cases, repeats=options.repeats)["whole"]
     peak = matmul_peak(torch.bfloat16)
     flops = part_flops(shape, lengths)

@@ -168,7 +168,7 @@ def run_rank(options: argparse.Namespace) -> None:
         rows_per_batch=options.rows,
     )
     run = make_run(recipe, batches[rank::ranks])
-    seconds = interleaved({"step": lambda: train_step(run)}, repeats=options.repeats)["step"]
+    seconds = interleaved({"step": lambda: train_step([run])}, repeats=options.repeats)["step"]
     if rank == 0:
         speed = sum(batch.num_tokens for batch in batches) / seconds
         (options.rank_of / f"speed-{ranks}.json").write_text(json.dumps(speed), "utf-8")

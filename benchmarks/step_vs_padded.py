@@ -43,13 +43,14 @@ from pipeline.loader import Batch
 from pipeline.loop import train_step
 from pipeline.models import (
     CutEncoder,
+    Target,
     TeacherModel,
     build_student,
     load_teacher,
     read_config,
     student_config,
 )
-from pipeline.objectives import DistillationObjective
+from pipeline.objectives import QKV, DistillationObjective
 from pipeline.run import Run
 
 FP32_TOLERANCE = 1e-5  # relative, of ours and padded, both in fp32
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         losses = equal_losses(run, padded, batches, texts)
         cases = {case: lambda loop=loop: loop.step(texts) for case, loop in padded.items()}
         # Several steps a turn, as in training: the first finds the caches full of the other loop.
-        cases["ours"] = lambda: [train_step(run) for _ in range(STEPS_IN_A_TURN)]
+        cases["ours"] = lambda: [train_step([run]) for _ in range(STEPS_IN_A_TURN)]
         peaks: list[float] = []
         cases["matmul"] = lambda: peaks.append(matmul_peak(torch.bfloat16))  # in turn, as the rest
         seconds = interleaved(cases, repeats=options.repeats)
@@ -146,9 +147,8 @@ def _fp32_loss(run: Run, batches: Sequence[Batch]) -> float:
     recipe, device = run.recipe, run.device
     teacher = dataclasses.replace(recipe.teacher, dtype="float32")
     config = student_config(recipe.student, read_config("teacher.model", teacher.model))
-    student = TeacherModel(
-        CutEncoder(build_student(recipe.student, config, recipe.seed)).to(device)
-    )
+    encoder = CutEncoder(build_student(recipe.student, config, recipe.seed)).to(device)
+    student = TeacherModel(encoder, [Target(QKV, config.num_hidden_layers)])
     fp32_teacher = load_teacher(dataclasses.replace(recipe, teacher=teacher), device)
     return _mean_loss(run.objective, student, fp32_teacher, batches, device)
 

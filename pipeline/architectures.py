@@ -180,8 +180,9 @@ class Bert(Architecture):
 
     def prepack(self, model: Any) -> None:
         """With the GELU and the residual sums taken into the products in front of them."""
-        *layers, _ = self.layers(model)  # the last one is cut
-        for layer in layers:
+        for layer in self.layers(model):
+            if layer.output is None:  # it is cut
+                continue
             _fuse_gelu(layer.intermediate)
             for part in (layer.attention, layer):
                 part.output = PrepackedOutput(part.output.dense, part.output.LayerNorm)

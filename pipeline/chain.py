@@ -32,7 +32,14 @@ from data_prep.command import (
     parse_recipe,
     run_command,
 )
-from pipeline.config import DEFAULT_DS_CONFIG, ROOT, Recipe, load_recipe
+from pipeline.config import (
+    DEFAULT_DS_CONFIG,
+    ROOT,
+    Recipe,
+    as_arguments,
+    check_names,
+    load_recipe,
+)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -124,14 +131,7 @@ def check_chain(chain: Chain) -> None:
     """
     if not chain.stages:
         raise ConfigError("stages is empty, so nothing would run; name at least one")
-    names = [stage.name for stage in chain.stages]
-    for name in names:
-        if name in ("", ".", "..") or "/" in name:
-            raise ConfigError(f"stages has the name {name!r}, which is no folder's; use letters")
-        if names.count(name) > 1:
-            raise ConfigError(
-                f"stages has {name!r} twice, and two runs would write to one folder; rename one"
-            )
+    check_names("stages", [stage.name for stage in chain.stages])
     for number, stage in enumerate(chain.stages):
         decided = {"output_dir", *(["teacher.model"] if number else [])}
         if taken := sorted(decided & stage.set.keys()):
@@ -150,15 +150,11 @@ def stage_arguments(chain: Chain, number: int) -> list[str]:
     """What a stage's train.py is called with."""
     stage = chain.stages[number]
     arguments = ["--deepspeed", chain.deepspeed, "--config", stage.config]
-    arguments += [f"--{key}={_as_argument(value)}" for key, value in stage.set.items()]
+    arguments += as_arguments(stage.set)
     arguments.append(f"--output_dir={Path(chain.output_dir) / stage.name}")
     if number:
         arguments.append(f"--teacher.model={student_of(chain, chain.stages[number - 1])}")
     return arguments
-
-
-def _as_argument(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def is_complete(recipe: Recipe) -> bool:

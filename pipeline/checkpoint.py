@@ -29,8 +29,8 @@ MARKER = "COMPLETE"
 LATEST = "latest"
 # Keys that cannot change what is learned: where things lie, and how often they are written down.
 FREE_KEYS = frozenset(
-    "output_dir data.shards data.prepare data.row_log train.save_every train.keep_checkpoints "
-    "train.log_every train.eval_every".split()
+    "output_dir students data.shards data.prepare data.row_log train.save_every "
+    "train.keep_checkpoints train.log_every train.eval_every".split()
 )
 
 # Sections of the ds_config that repeat what the recipe decides, or only watch.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,6 +112,11 @@ class Objective:
             object.__setattr__(self, "relations", dict(PAPER_WEIGHTS["minilm"]))
 
     @property
+    def masks(self) -> float:
+        """Share of the tokens that are masked."""
+        return self.mlm_probability if self.name == "distilbert" else 0.0
+
+    @property
     def weights_key(self) -> str:
         """The recipe key that holds the weights of this objective's terms."""
         return "losses" if self.name == "distilbert" else "relations"
@@ -174,8 +180,22 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One of several students that learn from the same pass of the teacher.
+
+    Args:
+        name: of its folder below output_dir, which is an ordinary run's.
+        set: recipe keys by their dotted names in which it differs: student.*, objective.*,
+            teacher.layer, and of train what belongs to its optimizer.
+    """
+
+    name: str
+    set: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run.
+    """One run, or several that share the teacher's pass.
 
     Args:
         output_dir: folder that the run writes to, and resumes from.
@@ -186,6 +206,8 @@ class Recipe:
         objective: what of the teacher is imitated.
         prep: how raw text becomes shards.
         data: what the student is trained on.
+        students: several students, each trained as if it were alone; empty is the one that the
+            recipe describes.
     """
 
     output_dir: str
@@ -196,6 +218,7 @@ class Recipe:
     objective: Objective = dataclasses.field(default_factory=Objective)
     prep: Prep = dataclasses.field(default_factory=Prep)
     data: Data = dataclasses.field(default_factory=Data)
+    students: list[Variant] = dataclasses.field(default_factory=list)
 
     @property
     def shards(self) -> str:
@@ -256,6 +279,65 @@ def load_recipe(argv: Sequence[str] | None) -> tuple[Recipe, Namespace]:
     )
     check_recipe(recipe)
     return recipe, options
+
+
+# What students of one pass may differ in: all else belongs to the teacher's pass or to the data.
+VARIANT_KEYS = (
+    "student. objective. teacher.layer train.learning_rate train.warmup_steps train.weight_decay "
+    "train.adam_betas train.adam_eps train.max_grad_norm"
+).split()
+
+
+def load_recipes(argv: Sequence[str] | None) -> tuple[list[Recipe], Namespace]:
+    """The recipes of the students that a command line trains, each as if it were alone.
+
+    Raises:
+        ConfigError: as `load_recipe`, or a variant that is not one.
+    """
+    recipe, options = load_recipe(argv)
+    if not recipe.students:
+        return [recipe], options
+    check_names("students", [variant.name for variant in recipe.students])
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    recipes = []
+    for variant in recipe.students:
+        if foreign := [key for key in variant.set if not key.startswith(tuple(VARIANT_KEYS))]:
+            raise ConfigError(
+                f"students: {variant.name!r} sets {foreign[0]}, which students of one teacher pass "
+                f"have in common; set it outside, or one of {', '.join(VARIANT_KEYS)}"
+            )
+        own = [*as_arguments(variant.set), f"--output_dir={recipe.output_dir}/{variant.name}"]
+        recipes.append(load_recipe([*arguments, *own, "--students=[]"])[0])
+    if len({recipe.objective.masks for recipe in recipes}) > 1:
+        raise ConfigError(
+            "students: some objectives mask the text and others do not, or another share of it, "
+            "but one teacher pass reads one text; train them in runs of their own"
+        )
+    if recipe.teacher.dtype == "float8" and len({recipe.teacher.layer for recipe in recipes}) > 1:
+        raise ConfigError(
+            "teacher.dtype=float8 leaves out the layer that a student learns from, and students "
+            "learn from different ones; use bfloat16, or one teacher.layer"
+        )
+    return recipes, options
+
+
+def check_names(key: str, names: Sequence[str]) -> None:
+    """Refuse names that are not those of folders of their own."""
+    for name in names:
+        if name in ("", ".", "..") or "/" in name:
+            raise ConfigError(f"{key} has the name {name!r}, which is no folder's; use letters")
+        if names.count(name) > 1:
+            raise ConfigError(
+                f"{key} has {name!r} twice, and two runs would write to one folder; rename one"
+            )
+
+
+def as_arguments(keys: Mapping[str, Any]) -> list[str]:
+    """Dotted keys as a command line's overrides."""
+    return [
+        f"--{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in keys.items()
+    ]
 
 
 def check_recipe(recipe: Recipe) -> None:

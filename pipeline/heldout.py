@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from pipeline.collectives import all_sum
 from pipeline.engine import Engine
 from pipeline.loader import Batch, Count
-from pipeline.models import TeacherModel
-from pipeline.objectives import DistillationObjective
+from pipeline.objectives import Compared, DistillationObjective
 from pipeline.topology import Topology
 
 
 @torch.no_grad()
 def heldout_losses(
     engine: Engine,
-    teacher: TeacherModel,
+    teacher: Callable[[Batch], Compared],
     heldout: dict[str, list[Batch]],
     objective: DistillationObjective,
     topology: Topology,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Sequence
@@ -23,34 +24,40 @@ if TYPE_CHECKING:
     from pipeline.run import Run
 
 
-def train(run: Run, after_step: Callable[[], object]) -> int:
+def train(runs: Sequence[Run], after_step: Callable[[], object]) -> int:
     """The loop: step, log, evaluate, save. Saving comes last, so a checkpoint covers the rest.
 
     Args:
-        run: assembled; its state says where to begin.
+        runs: students of one teacher pass; their states say where each begins.
         after_step: called after every optimizer step.
 
     Returns:
         The exit status: finished, or stopped on request with a checkpoint saved.
     """
-    train = run.recipe.train
-    while run.state.step < train.max_steps:
-        stop = train_step(run)
+    train = runs[0].recipe.train
+    while (done := min(run.state.step for run in runs)) < train.max_steps:
+        behind = [run for run in runs if run.state.step == done]  # a kill can part them
+        stop = train_step(behind)
         after_step()
-        done, is_last = run.state.step, run.state.step == train.max_steps
-        if train.eval_every and (is_last or done % train.eval_every == 0):
-            run.evaluate()
-        if is_last or stop or done % train.save_every == 0:
-            run.save()
+        done, is_last = done + 1, done + 1 == train.max_steps
+        for run in behind:
+            if train.eval_every and (is_last or done % train.eval_every == 0):
+                run.evaluate()
+            if is_last or stop or done % train.save_every == 0:
+                run.save()
         if stop and not is_last:
             return EXIT_STOPPED
-    run.finish()
+    for run in runs:
+        run.finish()
     return EXIT_FINISHED
 
 
 @record_function("step")
-def train_step(run: Run) -> bool:
-    """One optimizer step over the ranks' shares of its batch.
+def train_step(runs: Sequence[Run]) -> bool:
+    """One optimizer step of every student over the ranks' shares of its batch.
+
+    Args:
+        runs: at the same step, of one teacher and one loader.
 
     Returns:
         Whether any rank was asked to stop.
@@ -59,41 +66,59 @@ def train_step(run: Run) -> bool:
         RunError: a loss or gradient is not finite on some rank; the weights are as before.
     """
     started = time.perf_counter()
-    step, world_size, recipe = run.state.step, run.topology.world_size, run.recipe
+    step, loader = runs[0].state.step, runs[0].loader
     batches: list[Batch] = []
 
     def read() -> Count:
-        batches.extend(run.loader.micro_batches(step))
+        batches.extend(loader.micro_batches(step))
         return Count.sum(batch.count for batch in batches)
 
     count = Count.sum(agree(read))  # over all ranks; damaged data on one rank ends all of them
-    parts_of = []
+    parts: list[list[torch.Tensor]] = [[] for _ in runs]
     for number, batch in enumerate(batches):
-        torch.manual_seed(dropout_seed(recipe.seed, batch))
-        batch = batch.to(run.device)
-        targets = run.teacher(batch)
-        losses = run.objective.losses(run.engine(batch), targets, batch)
-        shares = run.objective.shares(batch.count, count)
-        parts = {term: loss * shares[term] for term, loss in losses.items()}
-        # The engine averages over micro-batches and ranks; these are parts of a sum.
-        run.engine.backward(run.objective.total(parts) * (len(batches) * world_size))
-        parts_of.append(torch.stack(list(parts.values())).detach().double())
-        if number < len(batches) - 1:
-            run.engine.between_micro_batches()
-    parts_per_batch = torch.stack(parts_of)
-    stop = check_step(run, parts_per_batch, batches)
-    rate = learning_rate(step, recipe.train)
-    result = run.engine.step(rate)
-    if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
-        on_rank_0(lambda: refuse_gradient(run))
-    if run.row_log is not None:
-        rows = [row for batch in batches for row in batch.row_ids]
-        run.row_log.write({"step": step + 1, "rows": rows})
-    run.advance(count.tokens, time.perf_counter() - started)
-    done = run.state.step
-    if done % recipe.train.log_every == 0 or done in (1, recipe.train.max_steps):
-        run.log(parts_per_batch.sum(0), rate, result)
+        batch = batch.to(runs[0].device)
+        for run, parts_of_run in zip(runs, parts, strict=True):
+            parts_of_run.append(imitate(run, batch, count, len(batches)))
+            if number < len(batches) - 1:
+                run.engine.between_micro_batches()
+    parts_per_batch = [torch.stack(parts_of_run) for parts_of_run in parts]
+    stop = check_step(runs, parts_per_batch, batches)
+    for run, parts_of_step in zip(runs, parts_per_batch, strict=True):
+        train = run.recipe.train
+        rate = learning_rate(step, train)
+        result = run.engine.step(rate)
+        if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
+            on_rank_0(functools.partial(refuse_gradient, run))
+        if run.row_log is not None:
+            rows = [row for batch in batches for row in batch.row_ids]
+            run.row_log.write({"step": step + 1, "rows": rows})
+        run.advance(count.tokens, time.perf_counter() - started)
+        done = run.state.step
+        if done % train.log_every == 0 or done in (1, train.max_steps):
+            run.log(parts_of_step.sum(0), rate, result)
     return stop
+
+
+def imitate(run: Run, batch: Batch, count: Count, num_batches: int) -> torch.Tensor:
+    """A student's forward and backward pass over a micro-batch.
+
+    Args:
+        run: the student's.
+        batch: on the run's device.
+        count: of the step, over all ranks.
+        num_batches: micro-batches of a rank's step.
+
+    Returns:
+        [terms] fp64: what the batch adds to each of the step's losses.
+    """
+    targets = run.teacher(batch)
+    torch.manual_seed(dropout_seed(run.recipe.seed, batch))
+    losses = run.objective.losses(run.engine(batch), targets, batch)
+    shares = run.objective.shares(batch.count, count)
+    parts = {term: loss * shares[term] for term, loss in losses.items()}
+    # The engine averages over micro-batches and ranks; these are parts of a sum.
+    run.engine.backward(run.objective.total(parts) * (num_batches * run.topology.world_size))
+    return torch.stack(list(parts.values())).detach().double()
 
 
 def dropout_seed(seed: int, batch: Batch) -> int:
@@ -105,36 +130,45 @@ def dropout_seed(seed: int, batch: Batch) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=4).digest(), "little")
 
 
-def check_step(run: Run, parts_per_batch: torch.Tensor, batches: Sequence[Batch]) -> bool:
+def check_step(
+    runs: Sequence[Run], parts_per_batch: Sequence[torch.Tensor], batches: Sequence[Batch]
+) -> bool:
     """Let all ranks agree that every loss is finite, and whether to stop after this step.
 
     Args:
-        run: the run.
-        parts_per_batch: [batches, terms], what this rank's batches add to the step's losses.
+        runs: the students'.
+        parts_per_batch: of each student [batches, terms], what this rank's batches add to the
+            step's losses.
         batches: this rank's batches of the step.
 
     Raises:
         RunError: on the rank whose loss is not finite, naming step, rank and rows.
     """
-    finite = parts_per_batch.isfinite().all(dim=1)
-    flags = torch.stack([~finite.all(), torch.tensor(run.stop.requested(), device=run.device)])
+    first = runs[0]
+    finite = [parts.isfinite().all(dim=1) for parts in parts_per_batch]
+    flags = torch.stack(
+        [~torch.cat(finite).all(), torch.tensor(first.stop.requested(), device=first.device)]
+    )
     is_bad, stop = all_max(flags.int()).bool().tolist()
     if is_bad:
-        agree(lambda: refuse_loss(run, finite.tolist(), batches))
+        agree(lambda: refuse_loss(runs, [of_run.tolist() for of_run in finite], batches))
     return bool(stop)
 
 
-def refuse_loss(run: Run, finite: Sequence[bool], batches: Sequence[Batch]) -> None:
+def refuse_loss(
+    runs: Sequence[Run], finite: Sequence[Sequence[bool]], batches: Sequence[Batch]
+) -> None:
     """Name what this rank's non-finite losses come from, if it has any."""
-    rows = [
-        row for ok, batch in zip(finite, batches, strict=True) if not ok for row in batch.row_ids
-    ]
-    if rows:
-        raise RunError(
-            f"step {run.state.step + 1}, rank {run.topology.rank}: the loss of rows {rows} is not "
-            "finite, so all ranks stop before the update and the last checkpoint is sound; look at "
-            "those rows and at the teacher's output, or lower train.learning_rate"
-        )
+    for run, finite_of_run in zip(runs, finite, strict=True):
+        pairs = zip(finite_of_run, batches, strict=True)
+        rows = [row for ok, batch in pairs if not ok for row in batch.row_ids]
+        if rows:
+            raise RunError(
+                f"{run.recipe.output_dir}, step {run.state.step + 1}, rank {run.topology.rank}: "
+                f"the loss of rows {rows} is not finite, so all ranks stop before the update and "
+                "the last checkpoint is sound; look at those rows and at the teacher's output, or "
+                "lower train.learning_rate"
+            )
 
 
 def refuse_gradient(run: Run) -> None:
@@ -143,7 +177,8 @@ def refuse_gradient(run: Run) -> None:
     first = run.state.step * batch_size
     rows = list(run.loader.order.row_ids(range(first, first + batch_size)))
     raise RunError(
-        f"step {run.state.step + 1}, ranks 0 to {run.topology.world_size - 1}: the gradient of "
-        f"rows {rows} is not finite though every loss is, so all ranks stop before the update and "
-        "the last checkpoint is sound; lower train.learning_rate or use bf16"
+        f"{run.recipe.output_dir}, step {run.state.step + 1}, ranks 0 to "
+        f"{run.topology.world_size - 1}: the gradient of rows {rows} is not finite though every "
+        "loss is, so all ranks stop before the update and the last checkpoint is sound; lower "
+        "train.learning_rate or use bf16"
     )

@@ -7,7 +7,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -66,30 +66,40 @@ class Encoder(nn.Module):
         """The layers, in order."""
         return self.architecture.layers(self.model.base_model)
 
-    def qkv_of_layers(
+    def outputs_of_layers(
         self,
+        targets: Sequence[Target],
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
-        layers: Sequence[int],
-    ) -> Iterator[QKV]:
-        """Queries, keys and values of several layers in one pass, each computed when asked for.
+    ) -> dict[Target, Compared]:
+        """Vectors and outputs of several layers in one pass.
 
         Args:
+            targets: QKV or Outputs of layers that the model has.
             input_ids: [1, T] int64.
             positions: [1, T] int64, from 0 in each segment.
             cu_seqlens: [segments + 1] int32.
             max_seqlen: tokens of the longest segment, or more.
-            layers: 1-based and ascending; nothing above the last of them is computed.
 
-        Yields:
-            Three tensors [T, hidden] in the model's dtype for each of `layers`.
+        Returns:
+            For each target what an encoder of that many layers would give.
         """
+        body, wanted = self.model.base_model, {target.layer for target in targets}
+        qkv: dict[int, QKV] = {}
+        found: dict[Target, Compared] = {}
+        last = max(wanted) - 1
         states = self._states(input_ids, positions, cu_seqlens, max_seqlen)
-        for index, (hidden, rotations) in enumerate(itertools.islice(states, layers[-1])):
-            if index + 1 in layers:
-                yield self.architecture.project(self.model.base_model, index, hidden, rotations)
+        for index, (hidden, rotations) in enumerate(states):
+            if (whole := Target(Outputs, index)) in targets:
+                output = self.architecture.finish(body, hidden).squeeze(0)
+                found[whole] = Outputs(output, qkv[index])
+            if index + 1 in wanted:
+                qkv[index + 1] = self.architecture.project(body, index, hidden, rotations)
+            if index == last and Target(Outputs, index + 1) not in targets:
+                break  # a cut layer could not be run
+        return {target: found.get(target, qkv[target.layer]) for target in targets}
 
     def _states(
         self,
@@ -137,10 +147,21 @@ class CutEncoder(Encoder):
         cu_seqlens: torch.Tensor,
         max_seqlen: int,
     ) -> QKV:
-        """Queries, keys and values of the last layer, see `qkv_of_layers`."""
-        last = len(self.layers)
-        (qkv,) = self.qkv_of_layers(input_ids, positions, cu_seqlens, max_seqlen, (last,))
-        return qkv
+        """Queries, keys and values of the last layer.
+
+        Args:
+            input_ids: [1, T] int64.
+            positions: [1, T] int64, from 0 in each segment.
+            cu_seqlens: [segments + 1] int32.
+            max_seqlen: tokens of the longest segment, or more.
+
+        Returns:
+            Three tensors [T, hidden] in the model's dtype.
+        """
+        last = len(self.layers) - 1
+        states = self._states(input_ids, positions, cu_seqlens, max_seqlen)
+        hidden, rotations = next(itertools.islice(states, last, None))
+        return self.architecture.project(self.model.base_model, last, hidden, rotations)
 
 
 class WholeEncoder(Encoder):
@@ -225,24 +246,45 @@ def pack_encoder(model: Any, needs: type[Compared], projections: str = "qkv") ->
     return (WholeEncoder if needs is Outputs else MaskedLM)(model)
 
 
-class TeacherModel:
-    """The frozen teacher: not a module, so that no engine, optimizer or checkpoint can hold it."""
+class Target(NamedTuple):
+    """What a student is compared with: the kind of outputs, and the 1-based layer they are of."""
 
-    def __init__(self, encoder: Encoder) -> None:
+    needs: type[Compared]
+    layer: int
+
+
+class TeacherModel:
+    """The frozen teacher: not a module, so that no engine, optimizer or checkpoint can hold it.
+
+    Args:
+        encoder: up to the highest layer of the targets.
+        targets: what `of` is asked for; all come from one pass.
+    """
+
+    def __init__(self, encoder: Encoder, targets: Sequence[Target]) -> None:
         self._encoder = encoder.eval().requires_grad_(False)
+        self._targets = list(dict.fromkeys(targets))
+        self._last: tuple[Batch, dict[Target, Compared]] | None = None
+
+    def __call__(self, batch: Batch) -> Compared:
+        """What the teacher gives of the batch, where there is one target; nothing is kept."""
+        (target,) = self._targets
+        return self._run(batch)[target]
+
+    def of(self, target: Target, batch: Batch) -> Compared:
+        """What the teacher gives of the batch; the pass is made once for all targets."""
+        if self._last is None or self._last[0] is not batch:
+            self._last = None  # frees the memory of the batch before
+            self._last = batch, self._run(batch)
+        return self._last[1][target]
 
     @record_function("teacher")
     @torch.inference_mode()
-    def __call__(self, batch: Batch) -> Compared:
-        """What the teacher's layer gives of the batch."""
-        outputs: Compared = self._encoder(*batch.inputs)
-        return outputs
-
-    @torch.inference_mode()
-    def qkv_of_layers(self, batch: Batch, layers: Sequence[int]) -> Iterator[QKV]:
-        """Those of several 1-based, ascending layers, up to the one that was loaded last."""
-        yield from self._encoder.qkv_of_layers(
-            batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen, layers
+    def _run(self, batch: Batch) -> dict[Target, Compared]:
+        if len(self._targets) == 1:
+            return {self._targets[0]: self._encoder(*batch.inputs)}
+        return self._encoder.outputs_of_layers(
+            self._targets, batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
         )
 
 
@@ -282,20 +324,25 @@ def longest_segment(config: Any) -> int:
     return architecture_of(config).longest_segment(config)
 
 
-def load_teacher(recipe: Recipe, device: torch.device, needs: type[Compared] = QKV) -> TeacherModel:
+def load_teacher(
+    recipe: Recipe, device: torch.device, targets: Sequence[Target] | None = None
+) -> TeacherModel:
     """The teacher up to its layer; layers above are not even read into memory.
 
     Args:
         recipe: names the teacher, its layer and its dtype.
         device: that it runs on.
-        needs: of the objective.
+        targets: what its students are compared with; None is the QKV of the recipe's layer.
 
     Raises:
         ConfigError: the folder lacks weights that the teacher needs.
     """
     config = read_config("teacher.model", recipe.teacher.model)
     architecture = architecture_of(config)
-    architecture.set_num_layers(config, recipe.teacher.layer or config.num_hidden_layers)
+    if targets is None:
+        targets = [Target(QKV, recipe.teacher.layer or config.num_hidden_layers)]
+    needs = next((n for n in (Predictions, Outputs) if n in {t.needs for t in targets}), QKV)
+    architecture.set_num_layers(config, max(target.layer for target in targets))
     is_float8 = recipe.teacher.dtype == "float8"
     if is_float8 and device.type == "cuda" and torch.cuda.get_device_capability() < CAPABILITY:
         needed = ".".join(map(str, CAPABILITY))
@@ -312,7 +359,7 @@ def load_teacher(recipe: Recipe, device: torch.device, needs: type[Compared] = Q
     elif can_prepack(encoder):
         architecture.prepack(model.base_model)
         prepack(model)
-    return TeacherModel(encoder)
+    return TeacherModel(encoder, targets)
 
 
 def student_config(student: Student, teacher_config: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from pipeline.loader import Batch, Loader
 from pipeline.masking import Masking
 from pipeline.metrics import JsonLines, Metrics
 from pipeline.models import (
-    TeacherModel,
+    Target,
     build_student,
     load_teacher,
     load_tokenizer,
@@ -45,7 +46,7 @@ from pipeline.models import (
     student_config,
     unused_shape_keys,
 )
-from pipeline.objectives import DistillationObjective, build_objective
+from pipeline.objectives import Compared, DistillationObjective, build_objective
 from pipeline.provenance import provenance
 from pipeline.report import write_report
 from pipeline.stopping import StopRequest
@@ -58,7 +59,9 @@ LOCK_PATIENCE = 120.0  # seconds: ranks of a launcher that died still finish and
 class Run:
     """All that the loop works with. `state` moves on with every step; the rest stays.
 
-    Only rank 0 has `metrics`; `row_log` is None unless data.row_log is set.
+    Runs of several students share topology, device, stop, loader, held-out rows and the teacher,
+    whose pass over a batch is made when the first of them asks for it. Only rank 0 has `metrics`;
+    `row_log` is None unless data.row_log is set.
     """
 
     recipe: Recipe
@@ -68,7 +71,7 @@ class Run:
     loader: Loader
     heldout: dict[str, list[Batch]]
     objective: DistillationObjective
-    teacher: TeacherModel
+    teacher: Callable[[Batch], Compared]
     engine: Engine
     checkpoints: Checkpoints
     metrics: Metrics | None
@@ -149,125 +152,152 @@ def finish(recipe: Recipe, state: State) -> None:
 
 
 def assemble(
-    recipe: Recipe, stop: StopRequest, *, deepspeed: str, allow_change: list[str]
-) -> Run | None:
-    """Check everything, connect the ranks, and start or restore the run.
+    recipes: Sequence[Recipe], stop: StopRequest, *, deepspeed: str, allow_change: list[str]
+) -> list[Run]:
+    """Check everything, connect the ranks, and start or restore the runs.
 
     Args:
-        recipe: checked by itself.
+        recipes: checked by themselves, of students that share the teacher's pass: one or several.
         stop: installed when the process began.
         deepspeed: path of the DeepSpeed JSON.
         allow_change: keys that may differ from the checkpoint's.
 
     Returns:
-        The run, or None where it is finished and nothing is left to do.
+        The runs, or none where all are finished and nothing is left to do.
 
     Raises:
         ConfigError: something in recipe, models, shards and checkpoint does not fit together.
         RunError: damaged shards.
     """
-    topology = Topology.from_environment()
-    check_world(recipe, topology.world_size)
+    topology, first = Topology.from_environment(), recipes[0]
+    check_world(first, topology.world_size)
     ds_policy = read_ds_config(deepspeed)
+    teacher_config = read_config("teacher.model", first.teacher.model)
+    students = [_check_student(recipe, ds_policy, teacher_config, topology) for recipe in recipes]
+    if topology.rank == 0:
+        for recipe in recipes:
+            # Before the ranks connect: a dying run still holds the port.
+            _claim(Path(recipe.output_dir))
+    device = init_distributed(topology)
+    on_rank_0(lambda: _prepare_if_missing(first))
+    for student in students:
+        on_rank_0(functools.partial(_check_shards, student.recipe, teacher_config, student.config))
+    reader = ShardReader(first.shards)
+    shards_digest = hashlib.sha256(reader.manifest.to_json().encode()).hexdigest()
+    for student in students:
+        student.saved = student.checkpoints.newest()
+        student.identity = identity(student.recipe, ds_policy, shards_digest)
+        if student.saved is not None:
+            check_identity(student.saved.identity, student.identity, allow_change)
+    ends = [(s.recipe, s.saved) for s in students if s.saved is not None and s.is_finished]
+    if len(ends) == len(students):
+        for recipe, state in ends:
+            on_rank_0(functools.partial(_already_finished, recipe, state))
+        return []
+    for student in students:
+        on_rank_0(
+            functools.partial(
+                _write_start, student.recipe, student.ds_config, topology, shards_digest
+            )
+        )
+    return _build(students, reader, topology, device, stop)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Student:
+    """What fits together, before anything large is built of it; `saved` is None in a new run."""
+
+    recipe: Recipe
+    ds_config: dict[str, Any]
+    config: Any
+    objective: DistillationObjective
+    target: Target
+    checkpoints: Checkpoints
+    saved: State | None = None
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether its last step is saved."""
+        return self.saved is not None and self.saved.step >= self.recipe.train.max_steps
+
+
+def _check_student(
+    recipe: Recipe, ds_policy: Mapping[str, Any], teacher_config: Any, topology: Topology
+) -> _Student:
+    """Refuse a student that this teacher cannot teach, or DeepSpeed not train."""
     ds_config = merge_ds_config(ds_policy, recipe, topology.world_size)
-    teacher_config = read_config("teacher.model", recipe.teacher.model)
     config = student_config(recipe.student, teacher_config)
     check_layer(recipe, teacher_config.num_hidden_layers)
     objective = build_objective(recipe, teacher_config, config)
     unused = unused_shape_keys(recipe.student, config)
     if unused and topology.rank == 0:
         print(f"note: student.model brings its own shape, unused are {', '.join(unused)}")
-    output_dir = Path(recipe.output_dir)
-    if topology.rank == 0:
-        _claim(output_dir)  # before the ranks connect: a dying run still holds the port
-    device = init_distributed(topology)
-    on_rank_0(lambda: _prepare_if_missing(recipe))
-    on_rank_0(lambda: _check_shards(recipe, teacher_config, config))
-    reader = ShardReader(recipe.shards)
-    shards_digest = hashlib.sha256(reader.manifest.to_json().encode()).hexdigest()
-
-    checkpoints = Checkpoints(output_dir, topology, keep=recipe.train.keep_checkpoints)
-    saved = checkpoints.newest()
-    now = identity(recipe, ds_policy, shards_digest)
-    if saved is not None:
-        check_identity(saved.identity, now, allow_change)
-        if saved.step >= recipe.train.max_steps:
-            on_rank_0(lambda: _already_finished(recipe, saved))
-            return None
-    on_rank_0(lambda: _write_start(recipe, ds_config, topology, shards_digest))
-    return _build(
-        _Checked(
-            recipe=recipe,
-            topology=topology,
-            device=device,
-            ds_config=ds_config,
-            student_config=config,
-            objective=objective,
-            reader=reader,
-            checkpoints=checkpoints,
-            saved=saved,
-            identity=now,
+    return _Student(
+        recipe=recipe,
+        ds_config=ds_config,
+        config=config,
+        objective=objective,
+        target=Target(objective.needs, recipe.teacher.layer or teacher_config.num_hidden_layers),
+        checkpoints=Checkpoints(
+            Path(recipe.output_dir), topology, keep=recipe.train.keep_checkpoints
         ),
-        stop,
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Checked:
-    """What fits together, before anything large is built of it; `saved` is None in a new run."""
-
-    recipe: Recipe
-    topology: Topology
-    device: torch.device
-    ds_config: dict[str, Any]
-    student_config: Any
-    objective: DistillationObjective
-    reader: ShardReader
-    checkpoints: Checkpoints
-    saved: State | None
-    identity: dict[str, Any]
-
-
-def _build(checked: _Checked, stop: StopRequest) -> Run:
-    recipe, topology, reader = checked.recipe, checked.topology, checked.reader
-    objective = checked.objective
-    output_dir, train = Path(recipe.output_dir), recipe.train
+def _build(
+    students: Sequence[_Student],
+    reader: ShardReader,
+    topology: Topology,
+    device: torch.device,
+    stop: StopRequest,
+) -> list[Run]:
+    recipe, train = students[0].recipe, students[0].recipe.train
     loader = Loader(
         reader,
         topology,
         batch_size=train.batch_size,
         micro=train.micro_batch_size,
         seed=recipe.seed,
-        masking=_masking(recipe, objective),
+        masking=_masking(recipe, students[0].objective),
     )
-    teacher = load_teacher(recipe, checked.device, objective.needs)
-    engine, state = _engine(checked)
-    engine.train(True)
+    heldout = {language: loader.heldout(language) for language in reader.manifest.heldout_rows}
+    teacher = load_teacher(recipe, device, [student.target for student in students])
     is_first = topology.rank == 0
-    on_rank_0(lambda: _cut_row_logs(output_dir, state.step))
-    return Run(
-        recipe=recipe,
-        topology=topology,
-        device=checked.device,
-        stop=stop,
-        loader=loader,
-        heldout={language: loader.heldout(language) for language in reader.manifest.heldout_rows},
-        objective=objective,
-        teacher=teacher,
-        engine=engine,
-        checkpoints=checked.checkpoints,
-        metrics=Metrics(output_dir, resume_step=state.step) if is_first else None,
-        row_log=_row_log(output_dir, topology, state.step) if recipe.data.row_log else None,
-        state=state,
-        bar=tqdm(
-            total=train.max_steps,
-            initial=state.step,
-            desc="distil",
-            unit="step",
-            disable=None if is_first else True,
-        ),
-        tokens_logged=state.tokens,
-    )
+    runs: list[Run] = []
+    for student in students:
+        engine, state = _engine(student, topology)
+        engine.train(True)
+        output_dir = Path(student.recipe.output_dir)
+        on_rank_0(functools.partial(_cut_row_logs, output_dir, state.step))
+        has_row_log = student.recipe.data.row_log
+        runs.append(
+            Run(
+                recipe=student.recipe,
+                topology=topology,
+                device=device,
+                stop=stop,
+                loader=loader,
+                heldout=heldout,
+                objective=student.objective,
+                teacher=functools.partial(teacher.of, student.target),
+                engine=engine,
+                checkpoints=student.checkpoints,
+                metrics=Metrics(output_dir, resume_step=state.step) if is_first else None,
+                row_log=_row_log(output_dir, topology, state.step) if has_row_log else None,
+                state=state,
+                bar=tqdm(
+                    total=train.max_steps,
+                    initial=state.step,
+                    desc="distil" if len(students) == 1 else output_dir.name,
+                    unit="step",
+                    position=len(runs),
+                    disable=None if is_first else True,
+                ),
+                tokens_logged=state.tokens,
+            )
+        )
+    return runs
 
 
 def _masking(recipe: Recipe, objective: DistillationObjective) -> Masking | None:
@@ -277,29 +307,31 @@ def _masking(recipe: Recipe, objective: DistillationObjective) -> Masking | None
     return Masking(tokenizer, objective.mask_probability, recipe.seed)
 
 
-def _engine(checked: _Checked) -> tuple[Engine, State]:
+def _engine(student: _Student, topology: Topology) -> tuple[Engine, State]:
     """The student in its engine: as it starts, or as the checkpoint has it."""
-    recipe, config, saved = checked.recipe, checked.student_config, checked.saved
-    checkpoints, world_size = checked.checkpoints, checked.topology.world_size
-    objective = checked.objective
-    model = build_student(recipe.student, config, recipe.seed, objective.needs)
+    recipe, saved, checkpoints = student.recipe, student.saved, student.checkpoints
+    objective = student.objective
+    model = build_student(recipe.student, student.config, recipe.seed, objective.needs)
     whole = own_weights(model)
-    student = pack_encoder(model, objective.needs, objective.projections)
+    encoder = pack_encoder(model, objective.needs, objective.projections)
     if saved is None:
-        untrained = {name: whole[name] for name in whole.keys() - student.named_weights().keys()}
+        untrained = {name: whole[name] for name in whole.keys() - encoder.named_weights().keys()}
         on_rank_0(
             lambda: save_start(
-                config, load_tokenizer(recipe.tokenizer), untrained, Path(recipe.output_dir)
+                student.config,
+                load_tokenizer(recipe.tokenizer),
+                untrained,
+                Path(recipe.output_dir),
             )
         )
-        state = State(step=0, tokens=0, world_size=world_size, identity=checked.identity)
-        return Engine(student, recipe, checked.ds_config, load_universal=False), state
+        state = State(step=0, tokens=0, world_size=topology.world_size, identity=student.identity)
+        return Engine(encoder, recipe, student.ds_config, load_universal=False), state
     foreign = checkpoints.is_foreign(saved)
-    engine = Engine(student, recipe, checked.ds_config, load_universal=foreign)
+    engine = Engine(encoder, recipe, student.ds_config, load_universal=foreign)
     checkpoints.restore(engine, saved)
-    if checked.topology.rank == 0:
+    if topology.rank == 0:
         print(f"resuming from {checkpoints.folder / tag_of(saved.step)}", flush=True)
-    state = dataclasses.replace(saved, world_size=world_size, identity=checked.identity)
+    state = dataclasses.replace(saved, world_size=topology.world_size, identity=student.identity)
     return engine, state
 
 

@@ -16,7 +16,7 @@ sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p).resolve() != 
 from collections.abc import Sequence
 
 from data_prep.command import EXIT_FINISHED, run_command, skip_unreachable_hub
-from pipeline.config import load_recipe
+from pipeline.config import load_recipes
 from pipeline.stopping import StopRequest
 from pipeline.topology import launched_rank
 
@@ -24,8 +24,9 @@ from pipeline.topology import launched_rank
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the recipe that the command line names, to its end or until asked to stop."""
     stop = StopRequest()  # first of all: a signal during start-up is a request too
-    recipe, options = load_recipe(argv)
-    skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
+    recipes, options = load_recipes(argv)
+    for recipe in recipes:
+        skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
     # They load torch and transformers: a typo is refused before.
     from pipeline.collectives import disconnect, naming_lost_ranks
     from pipeline.loop import train
@@ -33,12 +34,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from pipeline.run import assemble
 
     with naming_lost_ranks(launched_rank()):
-        run = assemble(recipe, stop, deepspeed=options.deepspeed, allow_change=options.allow_change)
+        runs = assemble(
+            recipes, stop, deepspeed=options.deepspeed, allow_change=options.allow_change
+        )
         status = EXIT_FINISHED
-        if run is not None:
-            folder = Path(recipe.output_dir) / "profile"
-            with profiling(folder, enabled=options.profile, rank=run.topology.rank) as after_step:
-                status = train(run, after_step)
+        if runs:
+            folder, rank = Path(options.output_dir) / "profile", runs[0].topology.rank
+            with profiling(folder, enabled=options.profile, rank=rank) as after_step:
+                status = train(runs, after_step)
         disconnect()
     return status
 

@@ -24,6 +24,7 @@ from pipeline.config import Recipe, Student
 from pipeline.loader import Batch, Masked
 from pipeline.models import (
     CutEncoder,
+    Target,
     WholeEncoder,
     build_student,
     load_teacher,
@@ -34,7 +35,7 @@ from pipeline.models import (
     student_config,
     unused_shape_keys,
 )
-from pipeline.objectives import QKV, Predictions
+from pipeline.objectives import QKV, Outputs, Predictions
 from pipeline.prepacked import can_prepack
 
 CPU = torch.device("cpu")
@@ -220,28 +221,40 @@ def test_every_layer_gives_what_attention_is_given_in_the_plain_model(
                 assert_equal_to_rounding(mine, other)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("needs", [(QKV,), (Outputs,), (QKV, Outputs)], ids=str)
 @each_teacher
 def test_one_pass_gives_any_layers_to_the_bit(
-    name: str, teachers: dict[str, Path], recipe_of
+    name: str, needs: tuple[Any, ...], dtype: str, teachers: dict[str, Path], recipe_of
 ) -> None:
-    batch = pack(random_segments())
-    for chosen in ((1, 2, 3, 4, 5), (2, 5), (3,)):
-        found = list(load_teacher(recipe_of(teachers[name]), CPU).qkv_of_layers(batch, chosen))
-        assert len(found) == len(chosen)
-        for layer, qkv in zip(chosen, found, strict=True):
-            alone = load_teacher(recipe_of(teachers[name], layer=layer), CPU)(batch)
-            assert all(torch.equal(a, b) for a, b in zip(qkv, alone, strict=True))
+    batch, folder = pack(random_segments()), teachers[name]
+    for chosen in ((1, 2, 3, 4, 5), (2, 4), (3,)):
+        targets = [Target(kind, layer) for kind in needs for layer in chosen]
+        teacher = load_teacher(recipe_of(folder, dtype=dtype), CPU, targets)
+        for target in targets:
+            alone = load_teacher(recipe_of(folder, dtype=dtype), CPU, [target])(batch)
+            found = teacher.of(target, batch)
+            assert type(found) is type(alone) is target.needs
+            assert all(map(torch.equal, tensors(found), tensors(alone)))
 
 
-def test_layers_above_the_last_one_asked_for_are_not_run(
+def tensors(outputs: Any) -> list[torch.Tensor]:
+    return [outputs.hidden, *outputs.qkv] if isinstance(outputs, Outputs) else list(outputs)
+
+
+def test_a_pass_is_made_once_and_no_layer_is_run_in_vain(
     teachers: dict[str, Path], recipe_of, monkeypatch
 ) -> None:
-    teacher, run = load_teacher(recipe_of(teachers["bert"]), CPU), []
-    layers = teacher._encoder.model.encoder.layer
-    for index, layer in enumerate(layers):
+    targets, run = [Target(QKV, 1), Target(QKV, 3)], []
+    teacher = load_teacher(recipe_of(teachers["bert"]), CPU, targets)
+    for index, layer in enumerate(teacher._encoder.layers):
         layer.register_forward_hook(lambda *_, index=index: run.append(index))
-    assert len(list(teacher.qkv_of_layers(pack(random_segments()), (1, 3)))) == 2
+    batch = pack(random_segments())
+    for target in (*targets, *targets):
+        teacher.of(target, batch)
     assert run == [0, 1]
+    teacher.of(targets[0], pack(random_segments()))
+    assert run == [0, 1, 0, 1]
 
 
 @each_teacher
@@ -334,10 +347,12 @@ def test_modernberts_queries_and_keys_give_the_models_own_attention(
 ) -> None:
     plain, ids = Plain(teachers["modernbert"], monkeypatch), random_segments()[2]
     one_by_one(plain, [ids])
-    teacher, place = load_teacher(recipe_of(teachers["modernbert"]), CPU), torch.arange(len(ids))
+    targets, place = [Target(QKV, layer) for layer in range(1, LAYERS + 1)], torch.arange(len(ids))
+    teacher, batch = load_teacher(recipe_of(teachers["modernbert"]), CPU, targets), pack([ids])
+    all_qkv = [teacher.of(target, batch) for target in targets]
     local = (place[:, None] - place).abs() <= 2
     seen = []
-    for layer, qkv in enumerate(teacher.qkv_of_layers(pack([ids]), range(1, LAYERS + 1))):
+    for layer, qkv in enumerate(all_qkv):
         q, k = (x.unflatten(-1, (2, -1)).transpose(0, 1) for x in (qkv.q, qkv.k))
         scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
         kind = plain.model.config.layer_types[layer]
@@ -572,7 +587,7 @@ def test_logits_are_those_of_segments_alone(
     segments = random_segments()
     places = torch.tensor([0, 6, 7, 9, 30, 38])
     batch = dataclasses.replace(pack(segments), masked=Masked(places, places))
-    teacher = load_teacher(recipe_of(folder, dtype="float32"), CPU, Predictions)
+    teacher = load_teacher(recipe_of(folder, dtype="float32"), CPU, [Target(Predictions, LAYERS)])
     outputs = teacher(batch)
     with torch.no_grad():
         alone = [plain(ids[None], output_hidden_states=True) for ids in segments]

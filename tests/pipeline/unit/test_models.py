@@ -18,6 +18,7 @@ from pipeline.config import Recipe, Student
 from pipeline.loader import Batch
 from pipeline.models import (
     CutEncoder,
+    Target,
     TeacherModel,
     build_student,
     load_teacher,
@@ -138,7 +139,7 @@ def test_the_teacher_gives_the_same_every_time_and_records_nothing(
 
 def test_the_teacher_is_put_in_evaluation_and_frozen(tiny_models: dict[str, Path]) -> None:
     model = AutoModel.from_pretrained(tiny_models["bert"], attn_implementation=PACKED).train()
-    teacher, batch = TeacherModel(CutEncoder(model)), pack(random_segments())
+    teacher, batch = TeacherModel(CutEncoder(model), [Target(QKV, 1)]), pack(random_segments())
     assert torch.equal(teacher(batch).q, teacher(batch).q)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 

@@ -18,6 +18,7 @@ from pipeline.config import Recipe
 from pipeline.loader import Batch, Count, Masked
 from pipeline.models import (
     Encoder,
+    Target,
     build_student,
     load_teacher,
     pack_encoder,
@@ -241,7 +242,8 @@ def assemble(make_recipe: Callable[..., Recipe]) -> Callable[..., Ours]:
         built = build_objective(recipe, teacher_config, config)
         model = build_student(recipe.student, config, 1, built.needs)
         encoder = pack_encoder(model, built.needs, built.projections)
-        return Ours(built, load_teacher(recipe, CPU, built.needs), encoder.train())
+        target = Target(built.needs, layer or teacher_config.num_hidden_layers)
+        return Ours(built, load_teacher(recipe, CPU, [target]), encoder.train())
 
     return make
 

@@ -130,7 +130,7 @@ def test_the_gradient_is_of_the_mean_over_the_steps_tokens(make_run) -> None:
     (expected,) = torch.autograd.grad(
         run.objective.total(whole_batch_losses(run)), run.engine.table
     )
-    assert train_step(run) is False
+    assert train_step([run]) is False
     assert run.engine.table.grad is not None
     torch.testing.assert_close(run.engine.table.grad, expected, rtol=1e-5, atol=1e-7)
     assert run.advanced == [25]
@@ -144,7 +144,7 @@ def test_a_rank_weighs_its_tokens_among_all_ranks(make_run, monkeypatch) -> None
     )
     run.topology = dataclasses.replace(run.topology, world_size=2)
     monkeypatch.setattr("pipeline.loop.agree", lambda work: [work(), Count(15, 0)])
-    train_step(run)
+    train_step([run])
     assert run.engine.table.grad is not None
     torch.testing.assert_close(
         run.engine.table.grad / 2, mean_of_mine * 25 / 40, rtol=1e-5, atol=1e-7
@@ -154,7 +154,7 @@ def test_a_rank_weighs_its_tokens_among_all_ranks(make_run, monkeypatch) -> None
 
 def test_what_is_logged_adds_up_to_the_losses(make_run) -> None:
     run = make_run()
-    train_step(run)
+    train_step([run])
     ((parts, rate),) = run.logged
     expected = [float(loss.detach()) for loss in whole_batch_losses(run).values()]
     assert parts.tolist() == pytest.approx(expected, rel=1e-5)
@@ -163,7 +163,7 @@ def test_what_is_logged_adds_up_to_the_losses(make_run) -> None:
 
 def test_the_order_of_events(make_run) -> None:
     run = make_run()
-    train_step(run)
+    train_step([run])
     inner = ["forward", "backward", "between"]
     assert run.engine.events == [*inner * 3, "forward", "backward", "step"]
 
@@ -175,7 +175,7 @@ def test_the_first_the_last_and_every_nth_step_are_logged(
     step: int, is_logged: bool, make_run
 ) -> None:
     run = make_run(step=step, log_every=3)
-    train_step(run)
+    train_step([run])
     assert bool(run.logged) is is_logged
 
 
@@ -186,7 +186,7 @@ def noise(make_run) -> Callable[..., list[list[float]]]:
     def draw(step: int, seed: int = 1, drawn_before: int = 0) -> list[list[float]]:
         run = make_run(step=step, seed=seed)
         torch.rand(drawn_before)
-        train_step(run)
+        train_step([run])
         return [drawn.tolist() for drawn in run.engine.noise]
 
     return draw
@@ -209,14 +209,14 @@ def test_dropout_differs_from_seed_to_seed(noise) -> None:
 @pytest.mark.parametrize("seed", [0, 20260101, 2**31, 2**53])
 def test_any_seed_that_a_recipe_may_have_works(seed: int, make_run) -> None:
     run = make_run(seed=seed)
-    train_step(run)
+    train_step([run])
     assert run.advanced == [25]
 
 
 def test_a_request_to_stop_is_answered_after_the_step(make_run) -> None:
     run = make_run()
     run.stop.requested = lambda: True
-    assert train_step(run) is True
+    assert train_step([run]) is True
     assert run.engine.events[-1] == "step"
     assert run.advanced == [25]
 
@@ -225,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_rows(ma
     run = make_run(step=4)
     run.engine.broken_row = 21
     with pytest.raises(RunError) as caught:
-        train_step(run)
+        train_step([run])
     message = str(caught.value)
     assert "step 5, rank 0" in message
     assert "[20, 21]" in message
@@ -238,7 +238,7 @@ def test_a_gradient_that_is_not_finite_stops_and_names_the_steps_rows(make_run) 
     run = make_run(step=4)
     run.engine.applied = False
     with pytest.raises(RunError) as caught:
-        train_step(run)
+        train_step([run])
     message = str(caught.value)
     assert "step 5, ranks 0 to 0" in message
     assert str([100 + position for position in range(32, 40)]) in message
@@ -248,7 +248,7 @@ def test_a_gradient_that_is_not_finite_stops_and_names_the_steps_rows(make_run) 
 def test_fp16_skips_a_step_whose_scale_was_too_large(make_run) -> None:
     run = make_run()
     run.engine.applied, run.engine.fp16 = False, True
-    train_step(run)
+    train_step([run])
     assert run.advanced == [25]
 
 
@@ -256,5 +256,5 @@ def test_the_rows_are_logged_where_it_is_asked(make_run) -> None:
     run = make_run(step=4)
     written: list[dict[str, Any]] = []
     run.row_log = SimpleNamespace(write=written.append)
-    train_step(run)
+    train_step([run])
     assert written == [{"step": 5, "rows": [0, 1, 10, 11, 20, 21, 30, 31]}]
