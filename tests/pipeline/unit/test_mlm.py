@@ -17,7 +17,6 @@ from pipeline.config import Recipe
 from pipeline.float8 import Float8Linear
 from pipeline.loader import Batch, Masked
 from pipeline.models import (
-    FAMILIES,
     build_student,
     load_teacher,
     own_weights,
@@ -38,7 +37,7 @@ BATCH = Batch(
     masked=Masked(torch.tensor([1, 2, 9]), torch.tensor([30, 7, 8])),
 )
 UNMASKED = dataclasses.replace(BATCH, masked=None)
-each_family = pytest.mark.parametrize("family", sorted(FAMILIES))
+each_family = pytest.mark.parametrize("family", ["bert", "camembert", "roberta", "xlm-roberta"])
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +108,7 @@ def test_float8_leaves_the_last_layer_alone(
 ) -> None:
     recipe = make_recipe(teacher={"model": str(pocket_teacher), "dtype": "float8", "layer": 3})
     teacher = load_teacher(recipe, CPU, Outputs)
-    layers = teacher._encoder.whole_layers
+    layers = teacher._encoder.model.encoder.layer
     assert len(layers) == 3
     has_float8 = [any(isinstance(m, Float8Linear) for m in layer.modules()) for layer in layers]
     assert has_float8 == [True, True, False]
