@@ -92,7 +92,7 @@ def measure(case: str, step: Step, folder: Path) -> tuple[int, int]:
         loop = PaddedLoop(recipe, dtype, device(), sequences=-(-len(texts) // step.batches))
         call = functools.partial(loop.step, texts)
     else:
-        call = functools.partial(train_step, make_run(recipe, batches))
+        call = functools.partial(train_step, [make_run(recipe, batches)])
     call()
     peak = peak_bytes(call)
     return held_bytes(), peak

@@ -93,7 +93,7 @@ def write_report(runs: Sequence[Path]) -> Path:
 
 def _plots(facts: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
     plots = [
-        ("Training loss (nats)", _plot(lambda axes: _curves(axes, facts, "training", "loss"))),
+        ("Training loss", _plot(lambda axes: _curves(axes, facts, "training", "loss"))),
         (
             "Throughput (tokens/s)",
             _plot(lambda axes: _curves(axes, facts, "training", "tokens_per_second")),
@@ -102,11 +102,11 @@ def _plots(facts: Sequence[RunFacts]) -> list[tuple[str, Markup]]:
     if any(f.heldout for f in facts):
         plots.append(
             (
-                "Held-out loss, mean over languages (nats)",
+                "Held-out loss, mean over languages",
                 _plot(lambda axes: _curves(axes, facts, "heldout", "heldout_loss", marker="o")),
             )
         )
-        plots.append(("Held-out loss by language (nats)", _plot(lambda axes: _bars(axes, facts))))
+        plots.append(("Held-out loss by language", _plot(lambda axes: _bars(axes, facts))))
     return plots
 
 

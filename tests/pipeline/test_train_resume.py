@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pipeline.conftest import POCKET
 from tests.pipeline.launch import fork, has_step, metrics, run, start, training, wait_for
 
 
@@ -48,6 +49,31 @@ def test_sigkill_changes_nothing(stage: str, ranks: int, tiny, straight, tmp_pat
     assert metrics(broken) == metrics(whole)
     assert rows_by_step(broken) == rows_by_step(whole)
     assert [line["step"] for line in training(broken)] == list(range(1, 13))
+
+
+@pytest.mark.slow
+def test_masked_text_is_masked_the_same_after_a_kill_and_on_other_ranks(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    predict = [
+        *tiny,
+        f"--teacher.model={POCKET}",  # which has a head
+        *("--objective.name=distilbert", "--objective.losses.cos=0", "--train.max_steps=6"),
+    ]
+    runs = {name: tmp_path / name for name in ("whole", "run", "other ranks")}
+    whole, broken, other = ([*predict, f"--output_dir={path}"] for path in runs.values())
+    assert run(whole, stage="zero1", begin=fork).status == 0
+    with fork(broken, stage="zero1") as running:
+        wait_for(has_step(runs["run"], 4))
+        running.kill_everything()
+    assert run(broken, stage="zero1", begin=fork).status == 0
+    assert student_bytes(runs["run"]) == student_bytes(runs["whole"])
+    assert metrics(runs["run"]) == metrics(runs["whole"])
+    assert run(other, ranks=2, stage="zero1", begin=fork).status == 0
+    for ours, theirs in zip(metrics(runs["other ranks"]), metrics(runs["whole"]), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+    first, *_ = training(runs["whole"])
+    assert {name for name in first if "loss" in name} == {"loss", "loss_ce", "loss_mlm"}
 
 
 @pytest.mark.slow

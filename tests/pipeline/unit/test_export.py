@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from data_prep.command import ConfigError, RunError
 from pipeline import export
@@ -20,9 +20,12 @@ from pipeline.models import (
     CutEncoder,
     build_student,
     load_tokenizer,
+    own_weights,
+    pack_encoder,
     read_config,
     student_config,
 )
+from pipeline.objectives import build_objective
 from pipeline.run import plain
 from pipeline.topology import Topology
 
@@ -45,10 +48,12 @@ class Run:
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.recipe = folder, recipe
-        config = student_config(recipe.student, read_config("teacher.model", recipe.teacher.model))
-        model = build_student(recipe.student, config, seed=1)
-        self.start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        trained = CutEncoder(model).named_weights()
+        teacher_config = read_config("teacher.model", recipe.teacher.model)
+        config = student_config(recipe.student, teacher_config)
+        objective = build_objective(recipe, teacher_config, config)
+        model = build_student(recipe.student, config, 1, objective.needs)
+        self.start = {name: tensor.clone() for name, tensor in own_weights(model).items()}
+        trained = pack_encoder(model, objective.needs, objective.projections).named_weights()
         self.untrained = {n: t for n, t in self.start.items() if n not in trained}
         generator = torch.Generator().manual_seed(2)
         self.trained = {
@@ -64,9 +69,23 @@ class Run:
         return {**self.untrained, **self.trained}
 
 
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "minilmv2": {},
+    "values": {"relations": {"vv": 1.0}},
+    "hidden": {"relations": {"vv": 1.0, "hh": 1.0}},
+    "distilbert": {"name": "distilbert", "losses": {"ce": 5.0, "mlm": 2.0}},
+}
+
+
 @pytest.fixture
-def run(tmp_path: Path, make_recipe: Callable[..., Recipe], monkeypatch) -> Run:
-    run = Run(tmp_path / "run", make_recipe(output_dir="runs/my-student"))
+def run(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    make_recipe: Callable[..., Recipe],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Run:
+    objective = OBJECTIVES[getattr(request, "param", "minilmv2")]
+    run = Run(tmp_path / "run", make_recipe(output_dir="runs/my-student", objective=objective))
 
     def read(folder: Path, tag: str, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
         assert folder == run.folder / "checkpoints"
@@ -103,6 +122,53 @@ def test_the_student_is_an_ordinary_model(run: Run, pocket_teacher: Path) -> Non
     assert config["num_hidden_layers"] == 2
     assert "packed" not in json.dumps(config)
     assert not list(folder.glob("untrained*"))
+
+
+LAST = "encoder.layer.1."
+AFTER_QKV = {f"{LAST}attention.output", f"{LAST}intermediate", f"{LAST}output"}
+QUERY_AND_KEY = {f"{LAST}attention.self.query", f"{LAST}attention.self.key"}
+
+
+@pytest.mark.parametrize(
+    ("run", "beyond"),
+    [
+        ("minilmv2", AFTER_QKV | {"pooler"}),
+        ("values", AFTER_QKV | QUERY_AND_KEY | {"pooler"}),
+        ("hidden", {"pooler"}),
+        ("distilbert", set()),
+    ],
+    indirect=["run"],
+)
+def test_what_each_objective_leaves_untrained(run: Run, beyond: set[str]) -> None:
+    untrained = {name for name in run.start if name.startswith(tuple(beyond))}
+    assert run.untrained.keys() == untrained
+    folder = export_student(run.recipe, run.folder, state_at(2))
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == run.whole.keys()
+    assert all(torch.equal(weights[name], run.whole[name]) for name in weights)
+    card = (folder / "README.md").read_text()
+    assert ("never trained" in card) is bool(untrained)
+    assert ("as it stands" in card) is bool(AFTER_QKV & beyond)
+    assert ("relation heads" in card) is (run.recipe.objective.name == "minilmv2")
+    assert str(run.recipe.objective.weights) in card
+
+
+@pytest.mark.parametrize("run", ["distilbert"], indirect=True)
+def test_a_student_that_predicts_loads_with_its_head_and_without(run: Run) -> None:
+    folder = export_student(run.recipe, run.folder, state_at(2))
+    model, loading = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in run.trained.items())
+    words = run.trained["roberta.embeddings.word_embeddings.weight"]
+    assert torch.equal(state["lm_head.decoder.weight"], words)
+    plain_encoder, loading = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert {name.split(".")[0] for name in loading["missing_keys"]} <= {"pooler"}
+    ids = torch.tensor([[0, 100, 200, 300, 2]])
+    with torch.no_grad():
+        whole = model.eval()(ids, output_hidden_states=True).hidden_states[-1]
+        assert torch.equal(plain_encoder.eval()(ids).last_hidden_state, whole)
 
 
 def test_the_student_computes_what_was_trained(run: Run) -> None:
