@@ -21,6 +21,7 @@ from pipeline.config import Recipe, Student
 from pipeline.dropout import replace_dropout
 from pipeline.embedding import StepEmbedding
 from pipeline.float8 import CAPABILITY, to_float8
+from pipeline.initialise import WORDS, copied_layers, projected_layers, start_layers
 from pipeline.loader import Batch
 from pipeline.objectives import QKV
 from pipeline.prepacked import PrepackedLinear, PrepackedOutput, can_prepack, prepack
@@ -68,10 +69,14 @@ class CutEncoder(nn.Module):
 
     Args:
         model: a transformers encoder of a known family; its last layer is the one that is cut.
+        new_ids: [ids] int64, the model's id of each id that it is given; None where they agree.
     """
 
-    def __init__(self, model: Any) -> None:
+    new_ids: torch.Tensor | None
+
+    def __init__(self, model: Any, new_ids: torch.Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("new_ids", new_ids, persistent=False)  # follows from the shards
         embeddings = model.embeddings
         embeddings.word_embeddings = StepEmbedding(embeddings.word_embeddings)
         self.first_position = FAMILIES[model.config.model_type].first_position(model.config)
@@ -105,6 +110,8 @@ class CutEncoder(nn.Module):
         Returns:
             Three tensors [T, hidden] in the model's dtype.
         """
+        if self.new_ids is not None:
+            input_ids = self.new_ids[input_ids]
         hidden = self.model.embeddings(
             input_ids=input_ids, position_ids=positions + self.first_position
         )
@@ -253,6 +260,66 @@ def build_student(student: Student, config: Any, seed: int) -> Any:
     model = AutoModel.from_config(config, attn_implementation=PACKED)
     replace_dropout(model)
     return model
+
+
+def keep_tokens(model: Any, kept: torch.Tensor) -> None:
+    """Keep some rows of a student's word embedding, and number its tokens by their place there.
+
+    Args:
+        model: its embedding and its configuration are replaced.
+        kept: [tokens] int64, their ids, ascending; up to the padding's none is missing.
+    """
+    whole = model.get_input_embeddings()
+    part = nn.Embedding.from_pretrained(
+        whole.weight.detach()[kept], freeze=False, padding_idx=whole.padding_idx
+    )
+    model.set_input_embeddings(part)
+    model.config = trimmed_config(model.config, kept)
+
+
+def trimmed_config(config: Any, kept: torch.Tensor) -> Any:
+    """A configuration that counts the kept tokens and names special ones by their new ids."""
+    config = copy.deepcopy(config)
+    new_ids = {old: new for new, old in enumerate(kept.tolist())}
+    for key, old in config.to_dict().items():
+        if key.endswith("_token_id") and old in new_ids:
+            setattr(config, key, new_ids[old])
+    config.vocab_size = len(kept)
+    return config
+
+
+def num_parameters(config: Any) -> int:
+    """Of the whole model that a configuration describes."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def start_from_teacher(model: Any, recipe: Recipe, kept: torch.Tensor | None) -> None:
+    """Give a new student the weights that student.init says, from the teacher's whole layers.
+
+    Args:
+        model: the student; what the teacher has no part for, the pooler, stays as it is.
+        recipe: names the teacher and the start.
+        kept: ids of the tokens that the student knows, ascending; None is all.
+
+    Raises:
+        ConfigError: the teacher's folder lacks weights.
+    """
+    student = recipe.student
+    config = read_config("teacher.model", recipe.teacher.model)
+    layers = start_layers(student, recipe.teacher.layer or config.num_hidden_layers)
+    config.num_hidden_layers = max(layers)  # layers above are not read
+    teacher = _load(
+        "teacher.model", recipe.teacher.model, config, torch.float32, add_pooling_layer=False
+    ).state_dict()
+    if kept is not None:
+        teacher[WORDS] = teacher[WORDS][kept]
+    if student.init == "layers":
+        start = copied_layers(teacher, layers)
+    else:
+        start = projected_layers(teacher, layers, student, config.num_attention_heads)
+    model.load_state_dict({**model.state_dict(), **start})
 
 
 def parameter_shapes(folder: Path) -> dict[str, torch.Size]:

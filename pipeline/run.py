@@ -25,22 +25,27 @@ from data_prep.config import check_prep
 from data_prep.durable import write_durably
 from data_prep.shards import MANIFEST, ShardReader, tokenizer_fingerprint
 from pipeline.checkpoint import Checkpoints, State, check_identity, identity, tag_of
-from pipeline.collectives import all_sum, on_rank_0
+from pipeline.collectives import all_sum, copy_from_rank_0, on_rank_0
 from pipeline.config import ROOT, Recipe, check_shapes, check_world, read_ds_config
 from pipeline.engine import Engine, StepResult, init_distributed, merge_ds_config
 from pipeline.export import CONFIG, export_student, save_start
 from pipeline.heldout import heldout_losses
+from pipeline.initialise import check_start
 from pipeline.loader import Batch, Loader
 from pipeline.metrics import JsonLines, Metrics
 from pipeline.models import (
     CutEncoder,
     TeacherModel,
     build_student,
+    keep_tokens,
     load_teacher,
     load_tokenizer,
     longest_segment,
+    num_parameters,
     read_config,
+    start_from_teacher,
     student_config,
+    trimmed_config,
     unused_shape_keys,
 )
 from pipeline.objectives import active_relations
@@ -48,6 +53,8 @@ from pipeline.provenance import provenance
 from pipeline.report import write_report
 from pipeline.stopping import StopRequest
 from pipeline.topology import Topology
+from pipeline.trimmed_tokenizer import trimmed_tokenizer
+from pipeline.vocabulary import Vocabulary, choose_vocabulary, in_words
 
 LOCK_PATIENCE = 120.0  # seconds: ranks of a launcher that died still finish and save their step
 
@@ -177,6 +184,8 @@ def assemble(
         teacher_hidden=teacher_config.hidden_size,
         student_hidden=config.hidden_size,
     )
+    last_layer = recipe.teacher.layer or teacher_config.num_hidden_layers
+    check_start(recipe.student, teacher_config, last_layer)
     unused = unused_shape_keys(recipe.student, config)
     if unused and topology.rank == 0:
         print(f"note: student.model brings its own shape, unused are {', '.join(unused)}")
@@ -197,7 +206,9 @@ def assemble(
         if saved.step >= recipe.train.max_steps:
             on_rank_0(lambda: _already_finished(recipe, saved))
             return None
-    on_rank_0(lambda: _write_start(recipe, ds_config, topology, shards_digest))
+    vocabulary = choose_vocabulary(recipe, reader, shards_digest, topology, device)
+    facts = _vocabulary_facts(vocabulary, config)
+    on_rank_0(lambda: _write_start(recipe, ds_config, topology, shards_digest, facts))
     return _build(
         _Checked(
             recipe=recipe,
@@ -205,6 +216,7 @@ def assemble(
             device=device,
             ds_config=ds_config,
             student_config=config,
+            vocabulary=vocabulary,
             reader=reader,
             checkpoints=checkpoints,
             saved=saved,
@@ -216,13 +228,18 @@ def assemble(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Checked:
-    """What fits together, before anything large is built of it; `saved` is None in a new run."""
+    """What fits together, before anything large is built of it.
+
+    `student_config` is of all the teacher's tokens; `vocabulary` is None where the student keeps
+    them; `saved` is None in a new run.
+    """
 
     recipe: Recipe
     topology: Topology
     device: torch.device
     ds_config: dict[str, Any]
     student_config: Any
+    vocabulary: Vocabulary | None
     reader: ShardReader
     checkpoints: Checkpoints
     saved: State | None
@@ -244,6 +261,13 @@ def _build(checked: _Checked, stop: StopRequest) -> Run:
     engine.train(True)
     is_first = topology.rank == 0
     on_rank_0(lambda: _cut_row_logs(output_dir, state.step))
+    metrics = None
+    if is_first:
+        # A start that was killed before its first checkpoint leaves a line of step 0.
+        metrics = Metrics(output_dir, resume_step=state.step if checked.saved else -1)
+        facts = _vocabulary_facts(checked.vocabulary, checked.student_config)
+        if facts is not None and checked.saved is None:
+            metrics.write(0, {f"vocabulary_{name}": value for name, value in facts.items()})
     return Run(
         recipe=recipe,
         topology=topology,
@@ -254,7 +278,7 @@ def _build(checked: _Checked, stop: StopRequest) -> Run:
         teacher=teacher,
         engine=engine,
         checkpoints=checked.checkpoints,
-        metrics=Metrics(output_dir, resume_step=state.step) if is_first else None,
+        metrics=metrics,
         row_log=_row_log(output_dir, topology, state.step) if recipe.data.row_log else None,
         state=state,
         bar=tqdm(
@@ -272,15 +296,23 @@ def _engine(checked: _Checked) -> tuple[Engine, State]:
     """The student in its engine: as it starts, or as the checkpoint has it."""
     recipe, config, saved = checked.recipe, checked.student_config, checked.saved
     checkpoints, world_size = checked.checkpoints, checked.topology.world_size
+    vocabulary = checked.vocabulary
+    kept = vocabulary.kept if vocabulary else None
     model = build_student(recipe.student, config, recipe.seed)
+    if kept is not None:
+        keep_tokens(model, kept)
+        config = trimmed_config(config, kept)
     config.architectures = [type(model).__name__]
+    if saved is None and recipe.student.init != "random":
+        on_rank_0(lambda: start_from_teacher(model, recipe, kept))
+        copy_from_rank_0(model.state_dict().values(), checked.device)
     whole = model.state_dict()
-    student = CutEncoder(model)
+    student = CutEncoder(model, vocabulary.new_ids() if vocabulary else None)
     if saved is None:
         untrained = {name: whole[name] for name in whole.keys() - student.named_weights().keys()}
         on_rank_0(
             lambda: save_start(
-                config, load_tokenizer(recipe.tokenizer), untrained, Path(recipe.output_dir)
+                config, _student_tokenizer(recipe, kept), untrained, Path(recipe.output_dir)
             )
         )
         state = State(step=0, tokens=0, world_size=world_size, identity=checked.identity)
@@ -292,6 +324,18 @@ def _engine(checked: _Checked) -> tuple[Engine, State]:
         print(f"resuming from {checkpoints.folder / tag_of(saved.step)}", flush=True)
     state = dataclasses.replace(saved, world_size=world_size, identity=checked.identity)
     return engine, state
+
+
+def _student_tokenizer(recipe: Recipe, kept: torch.Tensor | None) -> Any:
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    return tokenizer if kept is None else trimmed_tokenizer(tokenizer, kept.numpy())
+
+
+def _vocabulary_facts(vocabulary: Vocabulary | None, config: Any) -> dict[str, int | float] | None:
+    """What a trimmed vocabulary keeps and saves; None where it is the teacher's."""
+    if vocabulary is None:
+        return None
+    return vocabulary.facts(num_parameters(config), config.vocab_size, config.hidden_size)
 
 
 def _claim(output_dir: Path) -> None:
@@ -383,12 +427,18 @@ def _already_finished(recipe: Recipe, state: State) -> None:
 
 
 def _write_start(
-    recipe: Recipe, ds_config: Mapping[str, Any], topology: Topology, shards_digest: str
+    recipe: Recipe,
+    ds_config: Mapping[str, Any],
+    topology: Topology,
+    shards_digest: str,
+    vocabulary: dict[str, int | float] | None,
 ) -> None:
     output_dir = Path(recipe.output_dir)
     write_durably(output_dir / CONFIG, yaml.safe_dump(plain(recipe), sort_keys=False))
     write_durably(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-    facts = provenance(recipe, topology, shards_digest)
+    facts = {**provenance(recipe, topology, shards_digest), "vocabulary": vocabulary}
+    if vocabulary is not None:
+        print("vocabulary: " + in_words(vocabulary), flush=True)
     path = output_dir / "provenance.json"
     if path.exists():
         first = json.loads(path.read_text(encoding="utf-8"))

@@ -61,7 +61,9 @@ def trimmed_tokenizer(tokenizer: Any, kept: Ids) -> Any:
         tokenizer: the whole one, fast.
         kept: from `kept_ids`; a token's place there is its new id.
     """
-    content = _trimmed(_content(tokenizer), {old: new for new, old in enumerate(kept.tolist())})
+    content = trimmed_content(
+        _content(tokenizer), {old: new for new, old in enumerate(kept.tolist())}
+    )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         text = json.dumps(content, ensure_ascii=False)
@@ -135,8 +137,13 @@ def _closure(tokens: set[str], parts: Mapping[str, set[str]]) -> set[str]:
     return found
 
 
-def _trimmed(content: Json, new_ids: Mapping[int, int]) -> Json:
-    """tokenizer.json of the kept tokens, under their new ids."""
+def trimmed_content(content: Json, new_ids: Mapping[int, int]) -> Json:
+    """What tokenizer.json holds for the kept tokens alone, under their new ids.
+
+    Args:
+        content: what it holds for all.
+        new_ids: of the kept tokens, by their old ones.
+    """
     model = dict(content["model"])
     kept = {t: new_ids[id_] for t, id_ in _ids_by_token(model).items() if id_ in new_ids}
     if model["type"] == "Unigram":
@@ -150,9 +157,6 @@ def _trimmed(content: Json, new_ids: Mapping[int, int]) -> Json:
         ]
     added = [{**token, "id": new_ids[token["id"]]} for token in content["added_tokens"]]
     trimmed = {**content, "model": model, "added_tokens": added}
-    if content["padding"]:
-        pad_id = new_ids[content["padding"]["pad_id"]]
-        trimmed["padding"] = {**content["padding"], "pad_id": pad_id}
     if content["post_processor"]:
         trimmed["post_processor"] = _renumbered(content["post_processor"], new_ids)
     return trimmed

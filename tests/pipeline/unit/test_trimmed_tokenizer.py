@@ -20,9 +20,9 @@ from tokenizers import (
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, RobertaTokenizerFast
 
 from data_prep.command import ConfigError
-from pipeline.trimmed_tokenizer import kept_ids, trimmed_tokenizer
+from pipeline.trimmed_tokenizer import kept_ids, trimmed_content, trimmed_tokenizer
 
-KINDS = ("unigram", "bytes_unigram", "bpe", "prefixed_bpe", "wordpiece")
+KINDS = ("unigram", "bytes_unigram", "bpe", "prefixed_bpe", "wordpiece", "late_wordpiece")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
 NAMES = {
@@ -78,18 +78,43 @@ def folders(
         [german],
         trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL, continuing_subword_prefix="##"),
     )
-    prefixed.post_processor = processors.TemplateProcessing(
+    frame = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
     )
+    prefixed.add_special_tokens(["<end>"])
+    prefixed.post_processor = processors.TemplateProcessing(
+        single="<s> $A <end>",
+        special_tokens=[("<s>", 0), ("<end>", prefixed.token_to_id("<end>"))],
+    )
 
-    scores = [(token, -float(i)) for i, token in enumerate(["▁d", "er", "e", "r", "d", "▁"])]
-    pieces = [(token, 0.0) for token in SPECIAL] + scores
+    spelling = ["▁d", "er", "e", "r", "d", "▁", *"<0x123456789ABCDEF>"]
+    pieces = [(token, 0.0) for token in SPECIAL]
+    pieces += [(token, -float(i)) for i, token in enumerate(dict.fromkeys(spelling))]
     pieces += [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     fallback = Tokenizer(models.Unigram(pieces, unk_id=3, byte_fallback=True))
     fallback.pre_tokenizer = pre_tokenizers.Metaspace()
     fallback.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    fallback.post_processor = prefixed.post_processor
+    fallback.post_processor = frame
+    # As BERT's own: special tokens behind such as no text gives, here the padding too.
+    trained = json.loads((bert_tokenizer / "tokenizer.json").read_text())["model"]["vocab"]
+    words = sorted(trained, key=lambda token: trained[token])
+    unused = [f"unused{letter}" for letter in "abcdefghi"]
+    order = [*unused[:3], words[0], *unused[3:], *words[1:]]
+    ids = {token: id_ for id_, token in enumerate(order)}
+    late = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    late.normalizer = normalizers.BertNormalizer()
+    late.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    late.decoder = decoders.WordPiece()
+    late.post_processor = processors.Sequence(
+        [
+            processors.BertProcessing(("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"])),
+            processors.ByteLevel(),  # holds no ids
+        ]
+    )
+    names = ("pad", "unk", "cls", "sep", "mask")
+    named = {f"{name}_token": f"[{name.upper()}]" for name in names}
     return {
+        "late_wordpiece": save("late", PreTrainedTokenizerFast(tokenizer_object=late, **named)),
         "unigram": pocket_teacher,
         "bytes_unigram": save("bytes", PreTrainedTokenizerFast(tokenizer_object=fallback, **NAMES)),
         "bpe": save("bpe", RobertaTokenizerFast(tokenizer_object=bpe, **NAMES)),
@@ -214,13 +239,16 @@ def test_all_that_makes_a_bpe_token_is_kept() -> None:
     assert trimmed["model"]["merges"] == [list(pair) for pair in merges[:-1]]
 
 
-def test_padding_and_template_get_the_new_ids(folders: dict[str, Path]) -> None:
+def test_added_tokens_are_written_with_their_new_ids(folders: dict[str, Path]) -> None:
+    """The library numbers them itself when it reads the file; others go by what is written."""
     whole = AutoTokenizer.from_pretrained(folders["prefixed_bpe"])
-    whole.backend_tokenizer.enable_padding(pad_id=1, pad_token="<pad>")
     whole.add_tokens(["<new>"], special_tokens=True)
     kept = kept_ids(whole, np.zeros(len(whole), dtype=bool))
+    assert len(kept) < len(whole)
+    new_ids = {old: new for new, old in enumerate(kept.tolist())}
+    written = trimmed_content(json.loads(whole.backend_tokenizer.to_str()), new_ids)
+    assert {"id": len(kept) - 1, "content": "<new>"}.items() <= written["added_tokens"][-1].items()
     part = trimmed_tokenizer(whole, kept)
-    assert part.convert_tokens_to_ids("<new>") == len(kept) - 1
     assert part("a<new>")["input_ids"][-2] == len(kept) - 1
 
 
