@@ -230,6 +230,7 @@ def _sample(
     """One block, as WebDataset's writer takes it."""
     input_ids = np.full((len(rows), prep.seq_len), tokenizer.pad_id, dtype=tokenizer.dtype)
     boundaries = [0]
+    languages: list[str | None] = []  # of each segment; padding has none
     tokens: dict[str, int] = {}
     for number, row in enumerate(rows):
         position = 0
@@ -241,16 +242,23 @@ def _sample(
             input_ids[number, end - 1] = tokenizer.sep_id
             boundaries.append(number * prep.seq_len + end)
             language = record["language"].decode()
+            languages.append(language)
             tokens[language] = tokens.get(language, 0) + end - position
             position = end
         if position < prep.seq_len:
             boundaries.append((number + 1) * prep.seq_len)
+            languages.append(None)
     padding = input_ids.size - sum(tokens.values())
     return {
         "__key__": key,
         "input_ids.npy": input_ids,
         "cu_seqlens.npy": np.array(boundaries, dtype=np.int32),
-        "json": {"rows": len(rows), "tokens": tokens, "padding": padding},
+        "json": {
+            "rows": len(rows),
+            "tokens": tokens,
+            "padding": padding,
+            "segment_languages": languages,
+        },
     }
 
 

@@ -321,6 +321,17 @@ class ShardReader:
         Raises:
             RunError: the bytes are not those that were written.
         """
+        input_ids, cu_seqlens, _ = self.read_sample(index, language=language)
+        return input_ids, cu_seqlens
+
+    def read_sample(
+        self, index: int, *, language: str | None = None
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], dict[str, Any]]:
+        """As `read_block`, and the block's JSON.
+
+        Raises:
+            RunError: the bytes are not those that were written.
+        """
         shard, block = self._languages[language][index]
         where = f"{self.url}/{shard.name}, block at byte {block.offset}"
         end = block.offset + block.bytes
@@ -330,5 +341,4 @@ class ShardReader:
             raise RunError(f"{where} cannot be read ({one_line(error)}); {_REMEDY}") from error
         if zlib.crc32(raw) != block.crc32:
             raise RunError(f"{where} is damaged: its CRC does not match the manifest; {_REMEDY}")
-        input_ids, cu_seqlens, _ = parse_block(raw, where=where)
-        return input_ids, cu_seqlens
+        return parse_block(raw, where=where)

@@ -135,6 +135,14 @@ def _block_faults(
         sum(meta["tokens"].values()) + num_padding,
     ):
         yield "its JSON miscounts tokens or padding"
+    if "segment_languages" in meta:  # older releases did not write it
+        languages, lengths = meta["segment_languages"], np.diff(bounds).tolist()
+        tokens: collections.Counter[str | None] = collections.Counter()
+        for language, length in zip(languages, lengths, strict=False):
+            tokens[language] += length
+        expected = {None: num_padding, **meta["tokens"]}
+        if len(languages) != len(lengths) or tokens != collections.Counter(expected):
+            yield "its JSON's languages of segments do not add up to its tokens"
     if meta["rows"] != input_ids.shape[0]:
         yield f"its JSON says {meta['rows']} rows, not {input_ids.shape[0]}"
 

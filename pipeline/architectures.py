@@ -135,6 +135,7 @@ class Architecture(ABC):
     # What predicts tokens from the last hidden state, in a model `...ForMaskedLM`
 
     mlm_head: tuple[str, ...] = ()
+    can_start_students = False  # whether weights have BERT's names, see pipeline/initialise.py
 
     def predict(self, model: Any, hidden: torch.Tensor) -> torch.Tensor:
         """Logits, [M, vocabulary], from last hidden states, [M, d]: the head's parts in turn."""
@@ -151,6 +152,7 @@ class Bert(Architecture):
     """BERT, and MiniLM itself: `embeddings`, `encoder.layer[i]`, layer norms behind each sum."""
 
     mlm_head: tuple[str, ...] = ("cls",)
+    can_start_students = True
 
     def embed(self, model: Any, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """See Architecture."""
@@ -212,6 +214,8 @@ class Roberta(Bert):
 class XlmRobertaXl(Roberta):
     """XLM-R XL and XXL: layer norms in front of attention and feed-forward, and one at the end."""
 
+    can_start_students = False
+
     def project(self, model: Any, index: int, hidden: torch.Tensor, rotations: Any) -> QKV:
         """The outputs of `query`, `key`, `value`, which read the layer's normed input."""
         norm = self.layers(model)[index].attention.self_attn_layer_norm
@@ -234,6 +238,8 @@ class XlmRobertaXl(Roberta):
 
 class Electra(Bert):
     """ELECTRA: BERT whose embeddings may be narrower than its layers."""
+
+    can_start_students = False
 
     mlm_head = ("generator_predictions", "generator_lm_head")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +34,21 @@ def all_max(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
+
+
+@torch.no_grad()
+def copy_from_rank_0(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Overwrite tensors with rank 0's, one at a time.
+
+    Args:
+        tensors: of equal shapes, dtypes and order on every rank, anywhere.
+        device: that the ranks exchange tensors by.
+    """
+    if dist.is_initialized():
+        for tensor in tensors:
+            sent = tensor.to(device).contiguous()
+            dist.broadcast(sent, src=0)
+            tensor.copy_(sent)
 
 
 def gather(item: T) -> list[T]:

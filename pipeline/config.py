@@ -61,6 +61,14 @@ class Student:
         intermediate_size: width of the feed-forward layers.
         hidden_dropout_prob: dropout after embeddings, attention and feed-forward, while training.
         attention_probs_dropout_prob: dropout of attention weights, while training.
+        init: first weights of a new student: random, layers (copies of teacher layers, of the same
+            widths) or svd (projections of teacher layers, for a narrower student).
+        init_layers: teacher layers, 1-based, one for each student layer; null spreads them evenly
+            up to teacher.layer. For init layers and svd.
+        vocabulary: tokens that the student knows: full (the teacher's), corpus (those of the
+            training shards) or languages (those of some languages' segments there).
+        vocabulary_min_count: occurrences that a token needs there.
+        vocabulary_languages: the languages, where vocabulary is languages.
     """
 
     model: str | None = None
@@ -71,6 +79,11 @@ class Student:
     intermediate_size: int = 1536
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
+    init: Literal["random", "layers", "svd"] = "random"
+    init_layers: list[int] | None = None
+    vocabulary: Literal["full", "corpus", "languages"] = "full"
+    vocabulary_min_count: int = 1
+    vocabulary_languages: list[str] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -360,6 +373,7 @@ def check_recipe(recipe: Recipe) -> None:
         "student.hidden_size": student.hidden_size,
         "student.num_attention_heads": student.num_attention_heads,
         "student.intermediate_size": student.intermediate_size,
+        "student.vocabulary_min_count": student.vocabulary_min_count,
         "objective.num_relation_heads": objective.num_relation_heads,
     }
     for key, value in at_least_one.items():
@@ -395,6 +409,8 @@ def check_recipe(recipe: Recipe) -> None:
         if not 0 <= number < 1:
             raise ConfigError(f"{key}={number} is outside 0 <= x < 1; use a value in that range")
     _check_weights(objective)
+    _check_init(student)
+    _check_vocabulary(student)
     if not student.model and student.hidden_size % student.num_attention_heads:
         raise ConfigError(
             f"student.num_attention_heads={student.num_attention_heads} does not divide "
@@ -406,6 +422,39 @@ def check_recipe(recipe: Recipe) -> None:
             f"train.micro_batch_size={train.micro_batch_size} does not divide "
             f"train.batch_size={train.batch_size}, so a step would miss rows; use one of "
             f"{divisors(train.batch_size)}"
+        )
+
+
+def _check_init(student: Student) -> None:
+    if student.model and student.init != "random":
+        raise ConfigError(
+            f"student.init={student.init} and student.model={student.model!r} both say what the "
+            "student starts from; remove one of them"
+        )
+    if student.init_layers is None:
+        return
+    if student.init == "random":
+        raise ConfigError(
+            f"student.init_layers={student.init_layers} is not used by student.init=random; set "
+            "student.init to layers or svd, or remove it"
+        )
+    if len(student.init_layers) != student.num_hidden_layers:
+        raise ConfigError(
+            f"student.init_layers={student.init_layers} names {len(student.init_layers)} teacher "
+            f"layers for student.num_hidden_layers={student.num_hidden_layers}; name one for each"
+        )
+
+
+def _check_vocabulary(student: Student) -> None:
+    if student.vocabulary == "full" and student.vocabulary_min_count > 1:
+        raise ConfigError(
+            f"student.vocabulary_min_count={student.vocabulary_min_count} is not used by "
+            "student.vocabulary=full; set that to corpus or languages, or remove it"
+        )
+    if (student.vocabulary == "languages") != bool(student.vocabulary_languages):
+        raise ConfigError(
+            f"student.vocabulary_languages={student.vocabulary_languages} does not fit "
+            f"student.vocabulary={student.vocabulary}; give languages and the list of them together"
         )
 
 

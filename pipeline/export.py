@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ from pipeline.config import Recipe, load_recipe
 from pipeline.engine import read_weights
 from pipeline.metrics import METRICS, read_lines
 from pipeline.models import num_word_embeddings, parameter_shapes
+from pipeline.vocabulary import in_words
 
 CONFIG = "config.yaml"
 START = "student-start"  # the untrained student: its config, tokenizer and what no loss reaches
@@ -119,8 +121,17 @@ def _model_card(
         num_parameters=sum(tensor.numel() for tensor in weights.values()),
         num_embeddings=num_word_embeddings(run / START),
         untrained=untrained,
+        vocabulary=_vocabulary(recipe, run),
         is_cut=any(not name.startswith("pooler.") for name in untrained),
     )  # fmt: skip
+
+
+def _vocabulary(recipe: Recipe, run: Path) -> str | None:
+    """Which of the teacher's tokens the student knows, in words; None is all."""
+    if recipe.student.vocabulary == "full":
+        return None
+    facts = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+    return in_words(facts["vocabulary"])
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from pipeline.config import Recipe, Student
 from pipeline.dropout import replace_dropout
 from pipeline.embedding import StepEmbedding
 from pipeline.float8 import CAPABILITY, to_float8
+from pipeline.initialise import WORDS, copied_layers, projected_layers, start_layers
 from pipeline.loader import Batch
 from pipeline.objectives import QKV, Compared, Outputs, Predictions
 from pipeline.prepacked import can_prepack, prepack
@@ -45,10 +46,14 @@ class Encoder(nn.Module):
     Args:
         model: a transformers encoder of a known architecture, with or without a head; its pooler is
             taken out.
+        new_ids: [ids] int64, the model's id of each id that it is given; None where they agree.
     """
 
-    def __init__(self, model: Any) -> None:
+    new_ids: torch.Tensor | None
+
+    def __init__(self, model: Any, new_ids: torch.Tensor | None = None) -> None:
         super().__init__()
+        self.register_buffer("new_ids", new_ids, persistent=False)  # follows from the shards
         self.architecture = architecture_of(model.config)
         self.architecture.drop_pooler(model.base_model)
         model.set_input_embeddings(StepEmbedding(model.get_input_embeddings()))
@@ -110,6 +115,8 @@ class Encoder(nn.Module):
     ) -> Iterator[tuple[torch.Tensor, Any]]:
         """Each layer's input and the last one's output, [1, T, hidden], with the rotations."""
         body = self.model.base_model
+        if self.new_ids is not None:
+            input_ids = self.new_ids[input_ids]
         hidden = self.architecture.embed(body, input_ids, positions)
         rotations = self.architecture.rotations(body, hidden, positions)
         yield hidden, rotations
@@ -134,10 +141,13 @@ class CutEncoder(Encoder):
         model: a transformers encoder of a known architecture; its last layer is the one cut.
         projections: letters of the last layer's projections that are kept, where the architecture
             has them apart; the others give None.
+        new_ids: see Encoder.
     """
 
-    def __init__(self, model: Any, projections: str = "qkv") -> None:
-        super().__init__(model)
+    def __init__(
+        self, model: Any, projections: str = "qkv", new_ids: torch.Tensor | None = None
+    ) -> None:
+        super().__init__(model, new_ids)
         self.architecture.cut(model, projections)
 
     def forward(
@@ -233,17 +243,23 @@ class MaskedLM(Encoder):
         return Predictions(hidden, self.architecture.predict(self.model, hidden[places]))
 
 
-def pack_encoder(model: Any, needs: type[Compared], projections: str = "qkv") -> Encoder:
+def pack_encoder(
+    model: Any,
+    needs: type[Compared],
+    projections: str = "qkv",
+    new_ids: torch.Tensor | None = None,
+) -> Encoder:
     """A transformers model made ready for packed segments, as far as an objective needs it.
 
     Args:
         model: as `build_student` and `load_teacher` read it for the same `needs`.
         needs: of the objective.
         projections: of the objective, for a student: what its gradient does not reach goes.
+        new_ids: of a student with a vocabulary of its own, see Encoder.
     """
     if needs is QKV:
-        return CutEncoder(model, projections)
-    return (WholeEncoder if needs is Outputs else MaskedLM)(model)
+        return CutEncoder(model, projections, new_ids)
+    return WholeEncoder(model, new_ids) if needs is Outputs else MaskedLM(model)
 
 
 class Target(NamedTuple):
@@ -438,6 +454,73 @@ def build_student(student: Student, config: Any, seed: int, needs: type[Compared
         replace_dropout(model)
     config.architectures = [type(model).__name__]
     return model
+
+
+def keep_tokens(model: Any, kept: torch.Tensor) -> None:
+    """Keep some rows of a student's word embedding, and number its tokens by their place there.
+
+    Args:
+        model: its embedding and its configuration are replaced.
+        kept: [tokens] int64, their ids, ascending; up to the padding's none is missing.
+    """
+    whole = model.get_input_embeddings()
+    part = nn.Embedding.from_pretrained(
+        whole.weight.detach()[kept], freeze=False, padding_idx=whole.padding_idx
+    )
+    model.set_input_embeddings(part)
+    model.config = trimmed_config(model.config, kept)
+
+
+def trimmed_config(config: Any, kept: torch.Tensor) -> Any:
+    """A configuration that counts the kept tokens and names special ones by their new ids."""
+    config = copy.deepcopy(config)
+    new_ids = {old: new for new, old in enumerate(kept.tolist())}
+    for key, old in config.to_dict().items():
+        if key.endswith("_token_id") and old in new_ids:
+            setattr(config, key, new_ids[old])
+    config.vocab_size = len(kept)
+    return config
+
+
+def num_parameters(config: Any) -> int:
+    """Of the whole model that a configuration describes."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def start_from_teacher(
+    model: Any, recipe: Recipe, needs: type[Compared], kept: torch.Tensor | None
+) -> None:
+    """Give a new student the weights that student.init says, from the teacher's whole layers.
+
+    Args:
+        model: the student; what the teacher has no part for, the pooler, stays as it is.
+        recipe: names the teacher and the start.
+        needs: of the objective: where it predicts and layers are copied, the head is copied too.
+        kept: ids of the tokens that the student knows, ascending; None is all.
+
+    Raises:
+        ConfigError: the teacher's folder lacks weights.
+    """
+    student = recipe.student
+    config = read_config("teacher.model", recipe.teacher.model)
+    architecture = architecture_of(config)
+    layers = start_layers(student, recipe.teacher.layer or config.num_hidden_layers)
+    architecture.set_num_layers(config, max(layers))  # layers above are not read
+    teacher = _load("teacher.model", recipe.teacher.model, config, torch.float32, needs)
+    state = teacher.base_model.state_dict()
+    if kept is not None:
+        state[WORDS] = state[WORDS][kept]
+    if student.init == "layers":
+        start = copied_layers(state, layers)
+        if needs is Predictions:
+            for name in architecture.mlm_head:
+                getattr(model, name).load_state_dict(getattr(teacher, name).state_dict())
+    else:
+        start = projected_layers(state, layers, student, config.num_attention_heads)
+    body = model.base_model
+    body.load_state_dict({**body.state_dict(), **start})
 
 
 def own_weights(model: Any) -> dict[str, torch.Tensor]:

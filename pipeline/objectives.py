@@ -222,6 +222,11 @@ class DistilBERT(DistillationObjective):
                 f"teacher.layer={layer} has no predictions, which objective.name=distilbert "
                 f"imitates; use null or {last}, the last"
             )
+        if recipe.student.vocabulary != "full":
+            raise ConfigError(
+                f"student.vocabulary={recipe.student.vocabulary} leaves tokens out that the "
+                "teacher predicts, which objective.name=distilbert imitates; use full"
+            )
         if student_config.vocab_size != teacher_config.vocab_size:
             raise ConfigError(
                 f"the student predicts {student_config.vocab_size} ids and the teacher "

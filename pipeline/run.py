@@ -26,24 +26,29 @@ from data_prep.config import check_prep
 from data_prep.durable import write_durably
 from data_prep.shards import MANIFEST, ShardReader, tokenizer_fingerprint
 from pipeline.checkpoint import Checkpoints, State, check_identity, identity, tag_of
-from pipeline.collectives import all_sum, on_rank_0
+from pipeline.collectives import all_sum, copy_from_rank_0, on_rank_0
 from pipeline.config import ROOT, Recipe, check_layer, check_world, read_ds_config
 from pipeline.engine import Engine, StepResult, init_distributed, merge_ds_config
 from pipeline.export import CONFIG, export_student, save_start
 from pipeline.heldout import heldout_losses
+from pipeline.initialise import check_start
 from pipeline.loader import Batch, Loader
 from pipeline.masking import Masking
 from pipeline.metrics import JsonLines, Metrics
 from pipeline.models import (
     Target,
     build_student,
+    keep_tokens,
     load_teacher,
     load_tokenizer,
     longest_segment,
+    num_parameters,
     own_weights,
     pack_encoder,
     read_config,
+    start_from_teacher,
     student_config,
+    trimmed_config,
     unused_shape_keys,
 )
 from pipeline.objectives import Compared, DistillationObjective, build_objective
@@ -51,6 +56,8 @@ from pipeline.provenance import provenance
 from pipeline.report import write_report
 from pipeline.stopping import StopRequest
 from pipeline.topology import Topology
+from pipeline.trimmed_tokenizer import trimmed_tokenizer
+from pipeline.vocabulary import Vocabulary, choose_vocabulary, in_words
 
 LOCK_PATIENCE = 120.0  # seconds: ranks of a launcher that died still finish and save their step
 
@@ -195,17 +202,20 @@ def assemble(
             on_rank_0(functools.partial(_already_finished, recipe, state))
         return []
     for student in students:
-        on_rank_0(
-            functools.partial(
-                _write_start, student.recipe, student.ds_config, topology, shards_digest
-            )
+        student.vocabulary = choose_vocabulary(
+            student.recipe, reader, shards_digest, topology, device
         )
+        on_rank_0(functools.partial(_write_start, student, topology, shards_digest))
     return _build(students, reader, topology, device, stop)
 
 
 @dataclasses.dataclass(kw_only=True)
 class _Student:
-    """What fits together, before anything large is built of it; `saved` is None in a new run."""
+    """What fits together, before anything large is built of it.
+
+    `config` is of all the teacher's tokens; `vocabulary` is None where the student keeps them;
+    `saved` is None in a new run.
+    """
 
     recipe: Recipe
     ds_config: dict[str, Any]
@@ -213,8 +223,17 @@ class _Student:
     objective: DistillationObjective
     target: Target
     checkpoints: Checkpoints
+    vocabulary: Vocabulary | None = None
     saved: State | None = None
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def vocabulary_facts(self) -> dict[str, int | float] | None:
+        """What a trimmed vocabulary keeps and saves; None where it is the teacher's."""
+        if self.vocabulary is None:
+            return None
+        config = self.config
+        return self.vocabulary.facts(num_parameters(config), config.vocab_size, config.hidden_size)
 
     @property
     def is_finished(self) -> bool:
@@ -230,6 +249,8 @@ def _check_student(
     config = student_config(recipe.student, teacher_config)
     check_layer(recipe, teacher_config.num_hidden_layers)
     objective = build_objective(recipe, teacher_config, config)
+    layer = recipe.teacher.layer or teacher_config.num_hidden_layers
+    check_start(recipe.student, config, teacher_config, layer)
     unused = unused_shape_keys(recipe.student, config)
     if unused and topology.rank == 0:
         print(f"note: student.model brings its own shape, unused are {', '.join(unused)}")
@@ -238,7 +259,7 @@ def _check_student(
         ds_config=ds_config,
         config=config,
         objective=objective,
-        target=Target(objective.needs, recipe.teacher.layer or teacher_config.num_hidden_layers),
+        target=Target(objective.needs, layer),
         checkpoints=Checkpoints(
             Path(recipe.output_dir), topology, keep=recipe.train.keep_checkpoints
         ),
@@ -266,7 +287,7 @@ def _build(
     is_first = topology.rank == 0
     runs: list[Run] = []
     for student in students:
-        engine, state = _engine(student, topology)
+        engine, state = _engine(student, topology, device)
         engine.train(True)
         output_dir = Path(student.recipe.output_dir)
         on_rank_0(functools.partial(_cut_row_logs, output_dir, state.step))
@@ -283,7 +304,7 @@ def _build(
                 teacher=functools.partial(teacher.of, student.target),
                 engine=engine,
                 checkpoints=student.checkpoints,
-                metrics=Metrics(output_dir, resume_step=state.step) if is_first else None,
+                metrics=_metrics(student, state) if is_first else None,
                 row_log=_row_log(output_dir, topology, state.step) if has_row_log else None,
                 state=state,
                 bar=tqdm(
@@ -300,6 +321,16 @@ def _build(
     return runs
 
 
+def _metrics(student: _Student, state: State) -> Metrics:
+    # A start that was killed before its first checkpoint leaves a line of step 0.
+    is_new = student.saved is None
+    metrics = Metrics(Path(student.recipe.output_dir), resume_step=-1 if is_new else state.step)
+    if is_new and student.vocabulary_facts is not None:
+        facts = student.vocabulary_facts
+        metrics.write(0, {f"vocabulary_{name}": value for name, value in facts.items()})
+    return metrics
+
+
 def _masking(recipe: Recipe, objective: DistillationObjective) -> Masking | None:
     if not objective.mask_probability:
         return None
@@ -307,21 +338,27 @@ def _masking(recipe: Recipe, objective: DistillationObjective) -> Masking | None
     return Masking(tokenizer, objective.mask_probability, recipe.seed)
 
 
-def _engine(student: _Student, topology: Topology) -> tuple[Engine, State]:
+def _engine(student: _Student, topology: Topology, device: torch.device) -> tuple[Engine, State]:
     """The student in its engine: as it starts, or as the checkpoint has it."""
     recipe, saved, checkpoints = student.recipe, student.saved, student.checkpoints
     objective = student.objective
-    model = build_student(recipe.student, student.config, recipe.seed, objective.needs)
+    config, vocabulary = student.config, student.vocabulary
+    kept = vocabulary.kept if vocabulary else None
+    model = build_student(recipe.student, config, recipe.seed, objective.needs)
+    if kept is not None:
+        keep_tokens(model, kept)
+        config = trimmed_config(config, kept)
+    if saved is None and recipe.student.init != "random":
+        on_rank_0(lambda: start_from_teacher(model, recipe, objective.needs, kept))
+        copy_from_rank_0(model.state_dict().values(), device)
     whole = own_weights(model)
-    encoder = pack_encoder(model, objective.needs, objective.projections)
+    new_ids = vocabulary.new_ids() if vocabulary else None
+    encoder = pack_encoder(model, objective.needs, objective.projections, new_ids)
     if saved is None:
         untrained = {name: whole[name] for name in whole.keys() - encoder.named_weights().keys()}
         on_rank_0(
             lambda: save_start(
-                student.config,
-                load_tokenizer(recipe.tokenizer),
-                untrained,
-                Path(recipe.output_dir),
+                config, _student_tokenizer(recipe, kept), untrained, Path(recipe.output_dir)
             )
         )
         state = State(step=0, tokens=0, world_size=topology.world_size, identity=student.identity)
@@ -333,6 +370,11 @@ def _engine(student: _Student, topology: Topology) -> tuple[Engine, State]:
         print(f"resuming from {checkpoints.folder / tag_of(saved.step)}", flush=True)
     state = dataclasses.replace(saved, world_size=topology.world_size, identity=student.identity)
     return engine, state
+
+
+def _student_tokenizer(recipe: Recipe, kept: torch.Tensor | None) -> Any:
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    return tokenizer if kept is None else trimmed_tokenizer(tokenizer, kept.numpy())
 
 
 def _claim(output_dir: Path) -> None:
@@ -423,13 +465,14 @@ def _already_finished(recipe: Recipe, state: State) -> None:
     )
 
 
-def _write_start(
-    recipe: Recipe, ds_config: Mapping[str, Any], topology: Topology, shards_digest: str
-) -> None:
-    output_dir = Path(recipe.output_dir)
+def _write_start(student: _Student, topology: Topology, shards_digest: str) -> None:
+    recipe, vocabulary = student.recipe, student.vocabulary_facts
+    output_dir, ds_config = Path(recipe.output_dir), student.ds_config
     write_durably(output_dir / CONFIG, yaml.safe_dump(plain(recipe), sort_keys=False))
     write_durably(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
-    facts = provenance(recipe, topology, shards_digest)
+    facts = {**provenance(recipe, topology, shards_digest), "vocabulary": vocabulary}
+    if vocabulary is not None:
+        print("vocabulary: " + in_words(vocabulary), flush=True)
     path = output_dir / "provenance.json"
     if path.exists():
         first = json.loads(path.read_text(encoding="utf-8"))

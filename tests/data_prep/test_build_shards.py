@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,31 @@ def test_rows_are_the_tokenizers_ids_of_the_normalised_documents(
     assert len(plan.train) == manifest.rows > 100
     for language, rows in plan.heldout.items():
         assert [list(expected(row)) for row in rows] == list(rows_of(folder, language))
+
+
+def test_each_segment_has_its_documents_language(prepare, repo: Path, teacher_dir: Path) -> None:
+    """By the letters that they decode to, as Thai text has few Latin ones and English no Thai."""
+    from transformers import AutoTokenizer
+
+    texts = {name: repo / "recipes" / "demo_text" / f"{name}.jsonl" for name in ("en", "th")}
+    folder, _ = prepare(input=[str(path) for path in texts.values()])
+    tokenizer, reader = AutoTokenizer.from_pretrained(teacher_dir), ShardReader(str(folder))
+    alphabets = {"en": re.compile("[a-zA-Z]"), "th": re.compile("[\u0e01-\u0e3a]")}
+    seen: collections.Counter[str] = collections.Counter()
+    for index in range(len(reader.blocks())):
+        input_ids, cu_seqlens, meta = reader.read_sample(index)
+        assert len(meta["segment_languages"]) == len(cu_seqlens) - 1
+        bounds = itertools.pairwise(cu_seqlens.tolist())
+        for (start, stop), language in zip(bounds, meta["segment_languages"], strict=True):
+            ids = input_ids.reshape(-1)[start:stop].tolist()
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            letters = {name: len(of.findall(text)) for name, of in alphabets.items()}
+            if language is None:
+                assert set(ids) == {tokenizer.pad_token_id}
+            elif sum(letters.values()) > 5:
+                assert max(letters, key=lambda name: letters[name]) == language
+                seen[language] += 1
+    assert min(seen["en"], seen["th"]) > 20
 
 
 def test_smoothing_1_gives_back_each_document_once(prepare, small_prep, teacher_dir, repo) -> None:

@@ -179,6 +179,19 @@ def wrong_rows(sample: dict[str, Any]) -> None:
     sample["json"]["rows"] += 1
 
 
+def wrong_language(sample: dict[str, Any]) -> None:
+    languages = sample["json"]["segment_languages"]
+    languages[0] = next(name for name in languages if name not in (None, languages[0]))
+
+
+def missing_language(sample: dict[str, Any]) -> None:
+    sample["json"]["segment_languages"].pop()
+
+
+def more_languages(sample: dict[str, Any]) -> None:
+    sample["json"]["segment_languages"].append(None)
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -192,6 +205,9 @@ def wrong_rows(sample: dict[str, Any]) -> None:
         (across_rows, "crosses the end of a row"),
         (miscounted, "miscounts tokens"),
         (wrong_rows, "its JSON says 9 rows, not 8"),
+        (wrong_language, "languages of segments do not add up"),
+        (missing_language, "languages of segments do not add up"),
+        (more_languages, "languages of segments do not add up"),
     ],
 )
 def test_what_a_faulty_writer_wrote_is_found(

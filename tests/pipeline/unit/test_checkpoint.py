@@ -26,7 +26,7 @@ from pipeline.checkpoint import (
     read_state,
     tag_of,
 )
-from pipeline.config import Recipe, flatten
+from pipeline.config import Recipe, Variant, flatten
 from pipeline.topology import Topology
 
 POLICY = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
@@ -365,6 +365,7 @@ def test_the_remedy_that_is_named_works(identity_of) -> None:
 
 FREE_CHANGES: dict[str, Any] = {
     "output_dir": "runs/elsewhere",
+    "students": [Variant(name="x")],
     "data": {"shards": "a-copy", "prepare": True, "row_log": True},
     "train": {"save_every": 7, "keep_checkpoints": 7, "log_every": 7, "eval_every": 7},
 }

@@ -14,7 +14,15 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from data_prep.command import EXIT_BAD_CONFIG, EXIT_FAILED, ConfigError, ElsewhereError, RunError
-from pipeline.collectives import agree, all_max, all_sum, gather, naming_lost_ranks, on_rank_0
+from pipeline.collectives import (
+    agree,
+    all_max,
+    all_sum,
+    copy_from_rank_0,
+    gather,
+    naming_lost_ranks,
+    on_rank_0,
+)
 
 
 def fail(error: Exception, *ranks: int) -> Callable[[], str]:
@@ -42,8 +50,18 @@ def sum_in_place() -> tuple[list[float], list[float]]:
     return values.tolist(), result.tolist()
 
 
+def copy_over() -> list[list[float]]:
+    """Tensors of two dtypes, one of them a transposed view and one that trains."""
+    rank = dist.get_rank()
+    matrix = torch.arange(4.0).reshape(2, 2) + 10 * rank
+    mask, weight = torch.tensor([1 - rank, rank], dtype=torch.uint8), torch.tensor([0.5 - rank])
+    copy_from_rank_0([matrix.T, mask, weight.requires_grad_()], torch.device("cpu"))
+    return [matrix.flatten().tolist(), mask.tolist(), weight.tolist()]
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "sum": sum_in_place,
+    "copy": copy_over,
     "max": lambda: all_max(torch.tensor([dist.get_rank(), -dist.get_rank()])).tolist(),
     "gather": lambda: gather({"rank": dist.get_rank()}),
     "agree": lambda: agree(fail(ValueError("unused"))),
@@ -92,6 +110,10 @@ def both(seen: list[dict[str, Any]], case: str) -> list[Any]:
 
 def test_all_sum_adds_in_place(seen: list[dict[str, Any]]) -> None:
     assert both(seen, "sum") == [([3.0, 30.0], [3.0, 30.0])] * 2
+
+
+def test_everybody_gets_rank_0s_tensors(seen: list[dict[str, Any]]) -> None:
+    assert both(seen, "copy") == [[[0.0, 1.0, 2.0, 3.0], [1, 0], [0.5]]] * 2
 
 
 def test_all_max(seen: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from pipeline.config import Recipe
 from pipeline.float8 import Float8Linear
 from pipeline.loader import Batch, Masked
 from pipeline.models import (
+    Target,
     build_student,
     load_teacher,
     own_weights,
@@ -27,6 +28,7 @@ from pipeline.models import (
 from pipeline.objectives import Outputs, Predictions
 
 CPU = torch.device("cpu")
+LAYER = 3  # the last one of the tiny models
 BATCH = Batch(
     input_ids=torch.arange(5, 15)[None],
     positions=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]),
@@ -94,7 +96,7 @@ def test_a_teacher_in_bf16_is_near_the_one_in_fp32(
     for dtype in ("float32", "bfloat16"):
         recipe = make_recipe(teacher={"model": str(with_heads[family]), "dtype": dtype})
         batch = BATCH if needs is Predictions else UNMASKED
-        outputs = load_teacher(recipe, CPU, needs)(batch)
+        outputs = load_teacher(recipe, CPU, [Target(needs, LAYER)])(batch)
         results[dtype] = outputs.hidden, outputs[1] if needs is Predictions else outputs.qkv.v
     for exact, rounded in zip(*results.values(), strict=True):
         assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
@@ -107,7 +109,7 @@ def test_float8_leaves_the_last_layer_alone(
     pocket_teacher: Path, make_recipe: Callable[..., Recipe]
 ) -> None:
     recipe = make_recipe(teacher={"model": str(pocket_teacher), "dtype": "float8", "layer": 3})
-    teacher = load_teacher(recipe, CPU, Outputs)
+    teacher = load_teacher(recipe, CPU, [Target(Outputs, 3)])
     layers = teacher._encoder.model.encoder.layer
     assert len(layers) == 3
     has_float8 = [any(isinstance(m, Float8Linear) for m in layer.modules()) for layer in layers]
@@ -120,7 +122,7 @@ def test_a_teacher_without_a_head_is_refused(
 ) -> None:
     recipe = make_recipe(teacher={"model": str(tiny_models[family])})
     with pytest.raises(ConfigError, match=r"teacher\.model=.*random.*head of masked language"):
-        load_teacher(recipe, CPU, Predictions)
+        load_teacher(recipe, CPU, [Target(Predictions, LAYER)])
 
 
 def test_a_student_without_a_head_gets_a_new_one_of_the_seed(
