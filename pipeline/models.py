@@ -297,8 +297,9 @@ class TeacherModel:
     @record_function("teacher")
     @torch.inference_mode()
     def _run(self, batch: Batch) -> dict[Target, Compared]:
-        if len(self._targets) == 1:
-            return {self._targets[0]: self._encoder(*batch.inputs)}
+        if isinstance(self._encoder, MaskedLM):
+            (target,) = self._targets
+            return {target: self._encoder(*batch.inputs)}
         return self._encoder.outputs_of_layers(
             self._targets, batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
         )
@@ -497,7 +498,7 @@ def start_from_teacher(
     Args:
         model: the student; what the teacher has no part for, the pooler, stays as it is.
         recipe: names the teacher and the start.
-        needs: of the objective: where it predicts and layers are copied, the head is copied too.
+        needs: of the teacher: where it predicts and layers are copied, the head is copied too.
         kept: ids of the tokens that the student knows, ascending; None is all.
 
     Raises:

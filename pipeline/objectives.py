@@ -57,7 +57,8 @@ class DistillationObjective(abc.ABC):
     """What training, evaluation and benchmarks need to know of an objective.
 
     Attributes:
-        needs: the kind of outputs that it compares.
+        needs: the kind of outputs that it takes of the student.
+        teacher_needs: and of the teacher.
         projections: letters of the last layer's projections that a student's gradient reaches.
         mask_probability: share of the tokens that are to be predicted; at 0 none is masked.
         weights: of the terms that count, in a fixed order.
@@ -70,13 +71,18 @@ class DistillationObjective(abc.ABC):
     def __init__(self, recipe: Recipe) -> None:
         self.weights = recipe.objective.weights
 
+    @property
+    def teacher_needs(self) -> type[Compared]:
+        """The student's, where nothing else is said."""
+        return self.needs
+
     @abc.abstractmethod
     def losses(self, student: Any, teacher: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """Each term's unweighted mean over the batch's positions; scalars in fp32.
 
         Args:
             student: of the kind `needs`, with gradient.
-            teacher: of the kind `needs`, without; may be inference tensors.
+            teacher: of the kind `teacher_needs`, without; may be inference tensors.
             batch: that both models read.
         """
 
@@ -242,14 +248,17 @@ class DistilBERT(DistillationObjective):
         self.mask_probability = recipe.objective.mlm_probability
         self._temperature = recipe.objective.temperature
 
+    @property
+    def teacher_needs(self) -> type[Compared]:
+        """Without "ce" nobody asks for the teacher's predictions, and it may lack a head."""
+        return Predictions if "ce" in self.weights else Outputs
+
     def counts(self, count: Count) -> dict[str, int]:
         """Masked tokens, and all of them for the cosine."""
         return {term: count.tokens if term == "cos" else count.masked for term in self.weights}
 
     @record_function("loss")
-    def losses(
-        self, student: Predictions, teacher: Predictions, batch: Batch
-    ) -> dict[str, torch.Tensor]:
+    def losses(self, student: Predictions, teacher: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """See `DistillationObjective.losses`; where nothing is masked "ce" and "mlm" are 0."""
         assert batch.masked is not None
         labels = batch.masked.labels

@@ -259,7 +259,7 @@ def _check_student(
         ds_config=ds_config,
         config=config,
         objective=objective,
-        target=Target(objective.needs, layer),
+        target=Target(objective.teacher_needs, layer),
         checkpoints=Checkpoints(
             Path(recipe.output_dir), topology, keep=recipe.train.keep_checkpoints
         ),
@@ -349,7 +349,7 @@ def _engine(student: _Student, topology: Topology, device: torch.device) -> tupl
         keep_tokens(model, kept)
         config = trimmed_config(config, kept)
     if saved is None and recipe.student.init != "random":
-        on_rank_0(lambda: start_from_teacher(model, recipe, objective.needs, kept))
+        on_rank_0(lambda: start_from_teacher(model, recipe, objective.teacher_needs, kept))
         copy_from_rank_0(model.state_dict().values(), device)
     whole = own_weights(model)
     new_ids = vocabulary.new_ids() if vocabulary else None
