@@ -16,6 +16,7 @@ from pipeline.native import address, load
 PACKED = "packed_segments"
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -175,6 +175,8 @@ class Train:
         keep_checkpoints: complete checkpoints that are kept.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between held-out losses; 0 is never.
+        compile: let torch.compile fuse the layers of both models, over batches of one shape; for
+            GPUs, where it has not been measured yet. Not with ZeRO 3.
     """
 
     max_steps: int
@@ -190,6 +192,7 @@ class Train:
     keep_checkpoints: int = 3
     log_every: int = 10
     eval_every: int = 1000
+    compile: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from pipeline.config import Recipe, flatten
 from pipeline.fused_layers import fuse
 from pipeline.loader import Batch
 from pipeline.models import Encoder
-from pipeline.objectives import Compared
+from pipeline.objectives import Compared, of_text
 from pipeline.topology import Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest a rank waits, e.g. while rank 0 prepares text
@@ -71,6 +71,11 @@ def merge_ds_config(policy: Mapping[str, Any], recipe: Recipe, world_size: int) 
         _check_literal(key, config.get(key, "auto"), recipe_key, value)
         config[key] = value
     _check_precision_and_stage(config)
+    if train.compile and config["zero_optimization"]["stage"] == 3:
+        raise ConfigError(
+            "train.compile=true and ZeRO stage 3 do not go together (its hooks fetch weights "
+            "inside the layers that would be compiled); use stage 1 or 2"
+        )
     if leftover := sorted(k for k, v in flatten(config).items() if v == "auto"):
         raise ConfigError(
             f'ds_config {leftover[0]}="auto" is not decided by the recipe; give it a value or '
@@ -261,7 +266,7 @@ class Engine:
     def __call__(self, batch: Batch) -> Compared:
         """What the student gives of the batch."""
         outputs: Compared = self._engine(*batch.inputs)
-        return outputs
+        return of_text(outputs, batch.num_tokens)
 
     @record_function("backward")
     def backward(self, loss: torch.Tensor) -> None:

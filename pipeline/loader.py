@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import pad
 from torch.profiler import record_function
 
 from data_prep.command import RunError
@@ -62,6 +63,7 @@ class Batch:
         first_position: place in the stream of rows; names the batch, and seeds its dropout.
         row_ids: the rows' numbers in the shards.
         masked: what is to be predicted, where the objective has that; input_ids are masked then.
+        shape: tokens that models are given, so that all batches have one shape; None is T.
     """
 
     input_ids: torch.Tensor
@@ -71,6 +73,7 @@ class Batch:
     first_position: int
     row_ids: tuple[int, ...]
     masked: Masked | None = None
+    shape: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -83,10 +86,24 @@ class Batch:
         return Count(self.num_tokens, 0 if self.masked is None else len(self.masked.places))
 
     @property
-    def inputs(self) -> tuple[torch.Tensor | int, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         """What a model's forward pass takes, in its order."""
-        packed = (self.input_ids, self.positions, self.cu_seqlens, self.max_seqlen)
+        packed = (*self._in_shape(), self.max_seqlen)
         return packed if self.masked is None else (*packed, self.masked.places)
+
+    def _in_shape(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids, positions and segments, filled up to `shape` with segments that nobody looks at."""
+        missing = 0 if self.shape is None else self.shape - self.num_tokens
+        if not missing:
+            return self.input_ids, self.positions, self.cu_seqlens
+        place = torch.arange(missing, device=self.positions.device)[None]
+        number = torch.arange(1, -(-missing // self.max_seqlen) + 1, device=self.cu_seqlens.device)
+        ends = self.num_tokens + (number * self.max_seqlen).clamp(max=missing)
+        return (
+            pad(self.input_ids, (0, missing)),
+            torch.cat([self.positions, place % self.max_seqlen], dim=1),
+            torch.cat([self.cu_seqlens, ends.to(self.cu_seqlens.dtype)]),
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; from pinned memory without waiting."""
@@ -118,6 +135,7 @@ class Loader:
         micro: rows of a micro-batch.
         seed: of the order of rows.
         masking: of tokens that are to be predicted; None leaves the text as it is.
+        one_shape: let models be given as many tokens of every micro-batch as it has places.
     """
 
     def __init__(
@@ -129,8 +147,10 @@ class Loader:
         micro: int,
         seed: int,
         masking: Masking | None = None,
+        one_shape: bool = False,
     ) -> None:
         self._reader, self._topology, self._masking = reader, topology, masking
+        self._shape = micro * reader.manifest.seq_len if one_shape else None
         blocks = reader.blocks()
         sizes = [block.rows for block in blocks]
         if set(sizes[:-1]) - {sizes[0]} or sizes[-1] > sizes[0]:
@@ -214,6 +234,7 @@ class Loader:
             first_position=first_position,
             row_ids=row_ids,
             masked=masked,
+            shape=self._shape,
         )
 
     def _mask(

@@ -30,7 +30,7 @@ from pipeline.embedding import StepEmbedding
 from pipeline.float8 import CAPABILITY, to_float8
 from pipeline.initialise import WORDS, copied_layers, projected_layers, start_layers
 from pipeline.loader import Batch
-from pipeline.objectives import QKV, Compared, Outputs, Predictions
+from pipeline.objectives import QKV, Compared, Outputs, Predictions, of_text
 from pipeline.prepacked import can_prepack, prepack
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
@@ -125,6 +125,14 @@ class Encoder(nn.Module):
                 body, index, hidden, rotations, cu_seqlens, max_seqlen
             )
             yield hidden, rotations
+
+    def compile_layers(self) -> None:
+        """Let torch.compile fuse what stands between the products of each whole layer.
+
+        Attention is not part of it, so batches of one shape compile once.
+        """
+        for layer in self.layers[:-1]:
+            layer.compile()
 
     def named_weights(self) -> dict[str, torch.Tensor]:
         """Parameters under the names that the full model gives them."""
@@ -285,24 +293,25 @@ class TeacherModel:
     def __call__(self, batch: Batch) -> Compared:
         """What the teacher gives of the batch, where there is one target; nothing is kept."""
         (target,) = self._targets
-        return self._run(batch)[target]
+        return self._run(batch, batch.inputs)[target]
 
     def of(self, target: Target, batch: Batch) -> Compared:
         """What the teacher gives of the batch; the pass is made once for all targets."""
         if self._last is None or self._last[0] is not batch:
             self._last = None  # frees the memory of the batch before
-            self._last = batch, self._run(batch)
+            self._last = batch, self._run(batch, batch.inputs)
         return self._last[1][target]
 
     @record_function("teacher")
     @torch.inference_mode()
-    def _run(self, batch: Batch) -> dict[Target, Compared]:
+    def _run(self, batch: Batch, inputs: tuple[Any, ...]) -> dict[Target, Compared]:
+        # `inputs` are made before: torch.compile tells tensors of inference mode from others.
         if isinstance(self._encoder, MaskedLM):
             (target,) = self._targets
-            return {target: self._encoder(*batch.inputs)}
-        return self._encoder.outputs_of_layers(
-            self._targets, batch.input_ids, batch.positions, batch.cu_seqlens, batch.max_seqlen
-        )
+            found = {target: self._encoder(*inputs)}
+        else:
+            found = self._encoder.outputs_of_layers(self._targets, *inputs[:4])
+        return {target: of_text(outputs, batch.num_tokens) for target, outputs in found.items()}
 
 
 def read_config(key: str, source: str) -> Any:
@@ -376,6 +385,8 @@ def load_teacher(
     elif can_prepack(encoder):
         architecture.prepack(model.base_model)
         prepack(model)
+    if recipe.train.compile:
+        encoder.compile_layers()
     return TeacherModel(encoder, targets)
 
 

@@ -53,6 +53,16 @@ class Predictions(NamedTuple):
 Compared = QKV | Outputs | Predictions
 
 
+def of_text(outputs: Compared, num_tokens: int) -> Compared:
+    """The outputs of the first tokens: what a batch's shape was filled up with is left out."""
+    if isinstance(outputs, QKV):
+        return QKV(*(x if x is None else x[:num_tokens] for x in outputs))
+    hidden = outputs.hidden[:num_tokens]
+    if isinstance(outputs, Outputs):
+        return Outputs(hidden, of_text(outputs.qkv, num_tokens))  # type: ignore[arg-type]
+    return Predictions(hidden, outputs.logits)
+
+
 class DistillationObjective(abc.ABC):
     """What training, evaluation and benchmarks need to know of an objective.
 

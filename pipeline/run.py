@@ -281,6 +281,7 @@ def _build(
         micro=train.micro_batch_size,
         seed=recipe.seed,
         masking=_masking(recipe, students[0].objective),
+        one_shape=train.compile,
     )
     heldout = {language: loader.heldout(language) for language in reader.manifest.heldout_rows}
     teacher = load_teacher(recipe, device, [student.target for student in students])
@@ -354,6 +355,8 @@ def _engine(student: _Student, topology: Topology, device: torch.device) -> tupl
     whole = own_weights(model)
     new_ids = vocabulary.new_ids() if vocabulary else None
     encoder = pack_encoder(model, objective.needs, objective.projections, new_ids)
+    if recipe.train.compile:
+        encoder.compile_layers()
     if saved is None:
         untrained = {name: whole[name] for name in whole.keys() - encoder.named_weights().keys()}
         on_rank_0(
