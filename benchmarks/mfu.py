@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_shape_arguments(parser, batches=2, rows_per_batch=16)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps")
     parser.add_argument("--threads", type=int, help="of the CPU; default: all cores")
+    parser.add_argument("--compile", action="store_true", help="the layers, with torch.compile")
+    parser.add_argument("--teacher_dtype", default="bfloat16", choices=["bfloat16", "float8"])
     options = parser.parse_args(argv)
     set_threads(options.threads)
     shape = SHAPES[options.shape]
@@ -62,7 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with scratch() as name:
         folder = Path(name)
         save_teacher(shape, folder / "teacher")
-        recipe = make_recipe(shape, folder, batches=options.batches, rows_per_batch=options.rows)
+        recipe = make_recipe(
+            shape,
+            folder,
+            batches=options.batches,
+            rows_per_batch=options.rows,
+            compile=options.compile,
+            teacher_dtype=options.teacher_dtype,
+        )
         run = make_run(recipe, batches)
         cases = {"whole": lambda: train_step([run]), "parts": lambda: step_in_parts(run, clock)}
         whole = interleaved(cases, repeats=options.repeats)["whole"]
@@ -75,8 +84,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     model_flops = step_flops(shape, lengths)
     rows.append(_row("whole step", whole, whole, model_flops, peak))
+    variant = ("_compiled" if options.compile else "") + (
+        "_float8" if options.teacher_dtype == "float8" else ""
+    )
     report(
-        "mfu",
+        f"mfu{variant}",
         rows,
         ("FLOP/s of the whole step / bf16 matmul peak", model_flops / whole / peak),
         options,
@@ -85,6 +97,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens_per_second=sum(lengths) / whole,
         step_seconds=whole,
         repeats=options.repeats,
+        compiled=options.compile,
+        teacher_dtype=options.teacher_dtype,
         matmul_peak_bf16=peak,
     )
 

@@ -12,6 +12,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,11 +180,21 @@ class FixedLoader:
         return self._batches
 
 
-def make_recipe(shape: Shape, folder: Path, *, batches: int, rows_per_batch: int) -> Recipe:
+def make_recipe(
+    shape: Shape,
+    folder: Path,
+    *,
+    batches: int,
+    rows_per_batch: int,
+    compile: bool = False,
+    teacher_dtype: Any = "bfloat16",
+) -> Recipe:
     """The recipe of a run of the shape on one rank, writing into `folder`."""
     return Recipe(
         output_dir=str(folder / "run"),
-        teacher=Teacher(model=str(folder / "teacher"), layer=shape.teacher_layer),
+        teacher=Teacher(
+            model=str(folder / "teacher"), layer=shape.teacher_layer, dtype=teacher_dtype
+        ),
         student=Student(
             num_hidden_layers=shape.student_layers,
             hidden_size=shape.student_width,
@@ -196,6 +207,7 @@ def make_recipe(shape: Shape, folder: Path, *, batches: int, rows_per_batch: int
             batch_size=batches * rows_per_batch,
             micro_batch_size=rows_per_batch,
             log_every=10,
+            compile=compile,
         ),
     )
 
@@ -208,6 +220,10 @@ def make_run(recipe: Recipe, batches: list[Batch], ds_config: Path = DEFAULT_DS_
     config = student_config(recipe.student, of_teacher)
     teacher = load_teacher(recipe, device)
     student = CutEncoder(build_student(recipe.student, config, recipe.seed))
+    if recipe.train.compile:
+        student.compile_layers()
+        places = recipe.train.micro_batch_size * batches[0].max_seqlen
+        batches = [dataclasses.replace(batch, shape=places) for batch in batches]
     objective = build_objective(recipe, of_teacher, config)
     merged = merge_ds_config(read_ds_config(str(ds_config)), recipe, topology.world_size)
     engine = Engine(student, recipe, merged, load_universal=False)

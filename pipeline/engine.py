@@ -214,7 +214,8 @@ class Engine:
         load_universal: bool,
     ) -> None:
         deepspeed = _import_deepspeed()
-        fuse(student)
+        if not recipe.train.compile:
+            fuse(student)
         self.fp16 = bool(ds_config.get("fp16", {}).get("enabled", False))
         self.stage = int(ds_config["zero_optimization"]["stage"])
         train = recipe.train

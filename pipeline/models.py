@@ -129,7 +129,8 @@ class Encoder(nn.Module):
     def compile_layers(self) -> None:
         """Let torch.compile fuse what stands between the products of each whole layer.
 
-        Attention is not part of it, so batches of one shape compile once.
+        Attention is not part of it, so batches of one shape compile once. Layers made for a CPU by
+        hand (prepacked.py, fused_layers.py) are not for a compiler to look into.
         """
         for layer in self.layers[:-1]:
             layer.compile()
@@ -382,11 +383,11 @@ def load_teacher(
     if is_float8:
         for layer in encoder.layers[:-1]:  # the last one's products are the targets
             to_float8(layer)
-    elif can_prepack(encoder):
-        architecture.prepack(model.base_model)
-        prepack(model)
     if recipe.train.compile:
         encoder.compile_layers()
+    elif not is_float8 and can_prepack(encoder):
+        architecture.prepack(model.base_model)
+        prepack(model)
     return TeacherModel(encoder, targets)
 
 
