@@ -153,6 +153,7 @@ def init_distributed(topology: Topology) -> torch.device:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(topology.threads)
+        topology.pin()
     deepspeed = _import_deepspeed()
     with _quiet():
         deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, verbose=False)

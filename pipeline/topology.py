@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import socket
+from pathlib import Path
 
 from data_prep.command import ConfigError
 
@@ -60,6 +61,22 @@ class Topology:
         """CPU threads for this rank: its even share of the host's cores, at least one."""
         return max(1, len(os.sched_getaffinity(0)) // self.local_world_size)
 
+    @property
+    def cpus(self) -> set[int]:
+        """This rank's even share of the processors that it may use, threads of a core together."""
+        allowed = sorted(os.sched_getaffinity(0), key=_core_of)
+        share = max(1, len(allowed) // self.local_world_size)
+        return set(allowed[self.local_rank * share :][:share]) or set(allowed)
+
+    def pin(self) -> None:
+        """Keep this rank's threads on its share, where ranks have the whole host among them.
+
+        Processors that are fewer than the host's were assigned by somebody else: a scheduler, a
+        launcher that binds ranks, a container. They stay as they are.
+        """
+        if self.local_world_size > 1 and len(os.sched_getaffinity(0)) == os.cpu_count():
+            os.sched_setaffinity(0, self.cpus)
+
 
 def launched_rank() -> int:
     """This process's rank before anything is checked, to decide who speaks."""
@@ -70,3 +87,15 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _core_of(cpu: int) -> tuple[int, int, int]:
+    """Sorts processors by socket and core; one whose place is not told stands for itself."""
+    folder = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    try:
+        socket_id, core = (
+            int((folder / name).read_text()) for name in ("physical_package_id", "core_id")
+        )
+    except (OSError, ValueError):
+        return 0, cpu, cpu
+    return socket_id, core, cpu

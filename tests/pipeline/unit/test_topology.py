@@ -5,6 +5,7 @@ import os
 import pytest
 
 from data_prep.command import ConfigError
+from pipeline import topology
 from pipeline.topology import Topology, launched_rank
 
 SRUN = {
@@ -111,3 +112,53 @@ def test_threads_are_a_fair_share_of_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     topology = Topology(rank=0, world_size=ranks, local_rank=0, local_world_size=ranks)
     assert topology.threads == threads
+
+
+CORES = {0: (0, 0), 1: (0, 1), 2: (1, 0), 3: (1, 1), 4: (0, 0), 5: (0, 1), 6: (1, 0), 7: (1, 1)}
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[int]]:
+    """Two sockets of two cores of two threads, numbered as Linux does; what a rank may use."""
+    state = {"affinity": set(CORES)}
+    monkeypatch.setattr(os, "cpu_count", lambda: len(CORES))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: state["affinity"])
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: state.update(affinity=cpus))
+    monkeypatch.setattr(topology, "_core_of", lambda cpu: (*CORES[cpu], cpu))
+    return state
+
+
+def rank_of_host(local_rank: int, ranks: int) -> Topology:
+    return Topology(
+        rank=local_rank, world_size=ranks, local_rank=local_rank, local_world_size=ranks
+    )
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shares"),
+    [(2, [{0, 4, 1, 5}, {2, 6, 3, 7}]), (4, [{0, 4}, {1, 5}, {2, 6}, {3, 7}]), (8, None)],
+)
+def test_ranks_share_whole_cores(ranks: int, shares, host: dict[str, set[int]]) -> None:
+    found = [rank_of_host(rank, ranks).cpus for rank in range(ranks)]
+    assert shares is None or found == shares
+    assert set.union(*found) == set(CORES)
+    assert sum(map(len, found)) == len(CORES)
+
+
+def test_more_ranks_than_processors_share_them(host: dict[str, set[int]]) -> None:
+    assert all(rank_of_host(rank, 12).cpus for rank in range(12))
+
+
+def test_a_rank_is_pinned_only_where_nobody_else_has_done_so(host: dict[str, set[int]]) -> None:
+    rank_of_host(0, 1).pin()
+    assert host["affinity"] == set(CORES)
+    rank_of_host(1, 2).pin()
+    assert host["affinity"] == {2, 3, 6, 7}
+    rank_of_host(0, 2).pin()  # as inside a scheduler's own binding
+    assert host["affinity"] == {2, 3, 6, 7}
+
+
+def test_processors_of_this_host_have_a_place() -> None:
+    places = [topology._core_of(cpu) for cpu in sorted(os.sched_getaffinity(0))]
+    assert len(set(places)) == len(places)
+    assert topology._core_of(10**6) == (0, 10**6, 10**6)
