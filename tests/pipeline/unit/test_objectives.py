@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
 from data_prep.command import ConfigError
 from pipeline.config import Recipe
@@ -242,7 +242,7 @@ def assemble(make_recipe: Callable[..., Recipe]) -> Callable[..., Ours]:
         built = build_objective(recipe, teacher_config, config)
         model = build_student(recipe.student, config, 1, built.needs)
         encoder = pack_encoder(model, built.needs, built.projections)
-        target = Target(built.needs, layer or teacher_config.num_hidden_layers)
+        target = Target(built.teacher_needs, layer or teacher_config.num_hidden_layers)
         return Ours(built, load_teacher(recipe, CPU, [target]), encoder.train())
 
     return make
@@ -456,6 +456,20 @@ def test_distilbert_reaches_every_parameter_and_predicts_at_masks_alone(
     ours.objective.total(ours.losses(batch)).backward()
     whole = AutoModelForMaskedLM.from_pretrained(models.wide)
     assert len(ours.gradients()) == len(dict(whole.named_parameters()))
+
+
+def test_without_soft_targets_the_teacher_needs_no_head(
+    models: Models, assemble: Callable[..., Ours], tmp_path: Path
+) -> None:
+    AutoModel.from_pretrained(models.teacher).save_pretrained(tmp_path)
+    batch, losses = make_batch(), {"mlm": 2.0, "cos": 1.0}
+    whole = assemble(models.teacher, models.wide, name="distilbert", losses=losses).losses(batch)
+    headless = assemble(tmp_path, models.wide, name="distilbert", losses=losses).losses(batch)
+    assert {term: loss.item() for term, loss in headless.items()} == {
+        term: loss.item() for term, loss in whole.items()
+    }
+    with pytest.raises(ConfigError, match="head of masked language"):
+        assemble(tmp_path, models.wide, name="distilbert")
 
 
 @pytest.mark.parametrize("splits", [[(7, 1), (12, 3)], [(7,), (1,), (12,), (3,)]])
