@@ -8,20 +8,13 @@ stage before as its teacher. Started again, it skips what is complete and resume
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import shlex
-import signal
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import psutil
 import yaml
 
 from data_prep.command import (
@@ -34,14 +27,12 @@ from data_prep.command import (
 )
 from pipeline.config import (
     DEFAULT_DS_CONFIG,
-    ROOT,
     Recipe,
     as_arguments,
     check_names,
     load_recipe,
 )
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+from pipeline.launching import run_training
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{title}: complete, skipped", flush=True)
             continue
         print(f"{title}: {recipes[number].teacher.model} -> {student_of(chain, stage)}", flush=True)
-        status = run_stage(chain, number)
+        status = run_training(chain.launcher, stage_arguments(chain, number))
         if status == EXIT_STOPPED:
             print(f"{title}: stopped with a checkpoint; the same command goes on from there")
             return EXIT_STOPPED
@@ -169,40 +160,5 @@ def is_complete(recipe: Recipe) -> bool:
     return bool(written == json.loads(json.dumps(dataclasses.asdict(recipe))))
 
 
-def run_stage(chain: Chain, number: int) -> int:
-    """Start a stage's launcher, pass signals on to it, and wait for its exit status."""
-    command = [*shlex.split(chain.launcher), str(ROOT / "pipeline" / "train.py")]
-    try:
-        launcher = subprocess.Popen([*command, *stage_arguments(chain, number)])
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"launcher={chain.launcher!r} is not installed ({error.filename}); run `make setup`, "
-            "or name another launcher"
-        ) from error
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        # The deepspeed launcher would die of it; one rank that is asked to stop stops all. Ranks
-        # on other hosts belong to a launcher such as srun, which hands signals on.
-        for process in _local_ranks(launcher.pid) or [psutil.Process(launcher.pid)]:
-            process.send_signal(number)
-
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-    try:
-        return launcher.wait()
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
-
-
-def _local_ranks(launcher: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(launcher).children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # it may just have ended
-            if "RANK" in process.environ():
-                found.append(process)
-    return found
-
-
 if __name__ == "__main__":
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     run_command(main)

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.command import EXIT_FINISHED, ConfigError, run_command
-from pipeline.config import ROOT, Recipe, load_recipe
+from pipeline.config import Recipe, load_recipe
+from pipeline.launching import run_training
 
 RESULT, PLOT = "choose_layer.json", "choose_layer.png"
 
@@ -82,21 +79,12 @@ def distil(
 ) -> int:
     """Train a student from each layer, in one run, and return its exit status."""
     students = [{"name": name_of(layer), "set": {"teacher.layer": layer}} for layer in layers]
-    command = [
-        *shlex.split(options.launcher),
-        str(ROOT / "pipeline" / "train.py"),
-        *arguments,
+    own = [
         f"--train.max_steps={options.steps}",
         f"--train.warmup_steps={min(recipe.train.warmup_steps, options.steps // 10)}",
         f"--students={json.dumps(students)}",
     ]
-    try:
-        return subprocess.run(command).returncode
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"--launcher {options.launcher!r} is not installed ({error.filename}); run `make "
-            "setup`, or name another launcher"
-        ) from error
+    return run_training(options.launcher, [*arguments, *own])
 
 
 def name_of(layer: int) -> str:
@@ -134,5 +122,4 @@ def plot(ranking: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     run_command(main)
