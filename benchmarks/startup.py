@@ -4,7 +4,7 @@
 
 The command is a user's: `deepspeed --num_accelerators N pipeline/train.py` with the demo's recipe,
 whose shards are prepared before. The typo stands in a copy of the recipe. What imports cost is what
-`python -X importtime` says of `import pipeline.run`, summed by top-level package.
+`python -X importtime` says of `import pipeline.assemble`, summed by top-level package.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[dict[str, str | float]] = [
         {"what": "launcher to the first metrics line", "seconds": statistics.median(first)},
         {"what": "launcher to the refusal of a typo", "seconds": statistics.median(refused)},
-        {"what": "import pipeline.run, python -X importtime", "seconds": sum(packages.values())},
+        {
+            "what": "import pipeline.assemble, python -X importtime",
+            "seconds": sum(packages.values()),
+        },
     ]
     largest = sorted(packages, key=lambda package: -packages[package])[:PACKAGES]
     rows += [{"what": f"- of it {package}", "seconds": packages[package]} for package in largest]
@@ -128,8 +131,8 @@ def seconds_to_refusal(recipe: Path, ranks: int) -> float:
 
 
 def import_seconds() -> dict[str, float]:
-    """What `import pipeline.run` spends in each top-level package."""
-    command = [sys.executable, "-X", "importtime", "-c", "import pipeline.run"]
+    """What `import pipeline.assemble` spends in each top-level package."""
+    command = [sys.executable, "-X", "importtime", "-c", "import pipeline.assemble"]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     return seconds_by_package(done.stderr)
 

@@ -9,7 +9,6 @@ stage before as its teacher. Started again, it skips what is complete and resume
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,6 +30,7 @@ from pipeline.config import (
     as_arguments,
     check_names,
     load_recipe,
+    plain,
 )
 from pipeline.launching import run_training
 
@@ -157,7 +157,7 @@ def is_complete(recipe: Recipe) -> bool:
     if not (output_dir / "student" / "model.safetensors").exists():
         return False
     written = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
-    return bool(written == json.loads(json.dumps(dataclasses.asdict(recipe))))
+    return bool(written == plain(recipe))
 
 
 if __name__ == "__main__":

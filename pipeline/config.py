@@ -529,6 +529,12 @@ def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as YAML can hold it."""
+    content: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return content
+
+
 def read_ds_config(path: str) -> dict[str, Any]:
     """The DeepSpeed JSON that the command line names.
 

@@ -28,10 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for recipe in recipes:
         skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
     # They load torch and transformers: a typo is refused before.
+    from pipeline.assemble import assemble
     from pipeline.collectives import disconnect, naming_lost_ranks
     from pipeline.loop import train
     from pipeline.profiling import profiling
-    from pipeline.run import assemble
 
     with naming_lost_ranks(launched_rank()):
         runs = assemble(

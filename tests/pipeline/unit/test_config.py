@@ -22,9 +22,9 @@ from pipeline.config import (
     divisors,
     flatten,
     load_recipe,
+    plain,
     read_ds_config,
 )
-from pipeline.run import plain
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CHAINS = [path for path in RECIPES if "stages:" in path.read_text()]

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 from data_prep.command import ConfigError, RunError
 from pipeline import export
 from pipeline.checkpoint import Checkpoints, State
-from pipeline.config import Recipe
+from pipeline.config import Recipe, plain
 from pipeline.export import export_student, main, save_start
 from pipeline.models import (
     CutEncoder,
@@ -26,7 +26,6 @@ from pipeline.models import (
     student_config,
 )
 from pipeline.objectives import build_objective
-from pipeline.run import plain
 from pipeline.topology import Topology
 
 METRICS = [
