@@ -62,10 +62,27 @@ def rank(recipe: Recipe, students: Mapping[int, str]) -> list[dict[str, Any]]:
     ranking = []
     for layer, source in students.items():
         features = [[torch.cat(qkv, dim=1) for qkv in outputs] for outputs in model(source, QKV)]
+        check_size(recipe, features)
         shares = dict(zip(heldout, explained(features, targets), strict=True))
         mean = sum(shares.values()) / len(shares)
         ranking.append({"layer": layer, "explained": mean, "by_language": shares})
     return sorted(ranking, key=lambda entry: -entry["explained"])
+
+
+def check_size(recipe: Recipe, features: Sequence[Sequence[torch.Tensor]]) -> None:
+    """Refuse to fit a map with nearly as many coefficients as there are tokens to fit it on.
+
+    Raises:
+        ConfigError: half of the held-out tokens are fewer than twice the features.
+    """
+    tokens = sum(len(_halves(of_language)[0]) for of_language in features)
+    width = features[0][0].shape[1]
+    if tokens < 2 * width:
+        raise ConfigError(
+            f"data.shards={recipe.shards} have {tokens} held-out tokens to fit {width} features "
+            f"on, too few for a sound comparison; prepare with more prep.heldout_rows, for at "
+            f"least {2 * width} in half of them"
+        )
 
 
 def explained(

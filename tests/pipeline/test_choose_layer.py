@@ -13,7 +13,7 @@ import torch
 from data_prep.command import ConfigError
 from pipeline.choose_layer import candidates, main
 from pipeline.config import load_recipe
-from pipeline.readout import RIDGE, explained
+from pipeline.readout import RIDGE, check_size, explained
 from tests.pipeline.launch import ROOT, environment, free_port
 
 
@@ -61,6 +61,13 @@ def test_one_batch_is_halved() -> None:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(200, 3, generator=generator)
     assert explained([[x]], [[2 * x]]) == pytest.approx([1.0], abs=1e-6)
+
+
+def test_too_few_rows_to_fit_on_are_refused(tiny: list[str]) -> None:
+    recipe, _ = load_recipe(tiny)
+    check_size(recipe, [[torch.zeros(8, 4)] * 2])
+    with pytest.raises(ConfigError, match=r"7 held-out tokens to fit 4 features.*heldout_rows"):
+        check_size(recipe, [[torch.zeros(7, 4)] * 2])
 
 
 @pytest.mark.slow
