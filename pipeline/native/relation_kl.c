@@ -79,7 +79,8 @@ static double segment_kl(const float *x, const float *y, const float *teacher_x,
   float *scores = rows, *targets = scores + QUERIES * padded, *absent = targets + QUERIES * padded;
   for (int j = 0; j < padded; j++) absent[j] = j < n ? 0.0f : LOWEST;
   double total = 0.0;
-  for (int i = 0; i < n; i += QUERIES) { /* vectors beyond n are zero */
+  /* Queries beyond n are zero: both their distributions are uniform, so they add nothing. */
+  for (int i = 0; i < n; i += QUERIES) {
     vec largest[LANES] = {};
     score(x + i, y, absent, depth, padded, scale, scores, largest);
     score(teacher_x + i, teacher_y, absent, teacher_depth, padded, teacher_scale, targets,
@@ -105,10 +106,9 @@ static double segment_kl(const float *x, const float *y, const float *teacher_x,
     const vec sum = sum_each(sums);
     for (int r = 0; r < QUERIES; r++) {
       const float of_student = sum[r], of_teacher = sum[QUERIES + r];
-      const float present = i + r < n;
-      total += present * (sum[2 * QUERIES + r] / of_teacher + logf(of_student / of_teacher));
+      total += sum[2 * QUERIES + r] / of_teacher + logf(of_student / of_teacher);
       if (gradient_x == NULL) continue;
-      const float student_share = present / of_student, teacher_share = present / of_teacher;
+      const float student_share = 1.0f / of_student, teacher_share = 1.0f / of_teacher;
       for (int j = 0; j < padded; j += LANES) {
         float *g = scores + r * padded + j;
         store(g, load(g) * student_share - load(targets + r * padded + j) * teacher_share);

@@ -54,6 +54,16 @@ def test_kernel_equals_float64(shape, offset):
 
 
 @needs_kernel
+def test_a_row_without_variance_is_the_bias():
+    norm = make_norm(32).train()
+    x = torch.full((1, 3, 32), 2.0).bfloat16().requires_grad_()
+    out = norm(x, torch.ones_like(x))
+    assert torch.equal(out, norm.bias.expand_as(out))
+    (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert gradient.isfinite().all()
+
+
+@needs_kernel
 def test_dropout_has_its_rate_and_the_same_mask_backward():
     torch.manual_seed(1)
     p, shape = 0.3, (1, 500, 64)
