@@ -308,8 +308,8 @@ class TeacherModel:
     def _run(self, batch: Batch, inputs: tuple[Any, ...]) -> dict[Target, Compared]:
         # `inputs` are made before: torch.compile tells tensors of inference mode from others.
         if isinstance(self._encoder, MaskedLM):
-            (target,) = self._targets
-            found = {target: self._encoder(*inputs)}
+            # All learn from the last layer; who asks for no predictions finds its hidden states.
+            found = dict.fromkeys(self._targets, self._encoder(*inputs))
         else:
             found = self._encoder.outputs_of_layers(self._targets, *inputs[:4])
         return {target: of_text(outputs, batch.num_tokens) for target, outputs in found.items()}

@@ -76,10 +76,10 @@ class DistillationObjective(abc.ABC):
 
     needs: type[Compared]
     projections: str = "qkv"
-    mask_probability: float = 0.0
 
     def __init__(self, recipe: Recipe) -> None:
         self.weights = recipe.objective.weights
+        self.mask_probability = recipe.objective.masks
 
     @property
     def teacher_needs(self) -> type[Compared]:
@@ -255,7 +255,6 @@ class DistilBERT(DistillationObjective):
                 f"{teacher_config.hidden_size}, so hidden states have no cosine; use "
                 f"{teacher_config.hidden_size}, or weight 0 in objective.losses.cos"
             )
-        self.mask_probability = recipe.objective.mlm_probability
         self._temperature = recipe.objective.temperature
 
     @property

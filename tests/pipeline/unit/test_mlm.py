@@ -152,3 +152,16 @@ def test_a_student_that_lacks_more_than_a_head_is_refused(
     student = make_recipe(student={"model": str(folder)}).student
     with pytest.raises(ConfigError, match=r"student\.model=.*encoder\.layer\.3.*random"):
         build_student(student, student_config(student, None), 1, Predictions)
+
+
+def test_students_with_and_without_soft_targets_share_a_pass(
+    with_heads: dict[str, Path], make_recipe: Callable[..., Recipe]
+) -> None:
+    recipe = make_recipe(teacher={"model": str(with_heads["bert"]), "dtype": "float32"})
+    targets = [Target(Predictions, LAYER), Target(Outputs, LAYER)]
+    teacher = load_teacher(recipe, CPU, targets)
+    predicting, plain = (teacher.of(target, BATCH) for target in targets)
+    alone = load_teacher(recipe, CPU, targets[1:])(BATCH)
+    assert predicting.logits.shape == (3, 40)
+    assert torch.equal(plain.hidden, predicting.hidden)
+    torch.testing.assert_close(plain.hidden, alone.hidden)
