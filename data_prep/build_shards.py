@@ -1,27 +1,29 @@
 """`python -m data_prep.build_shards --config RECIPE`, alone or under `mpirun -n P`.
 
-Three passes, each restartable: every input file is read, cleaned, tokenised and spilled (one unit
-of work a file); the plan of rows is computed from the documents' lengths alone; every shard is
-written from the spills. Units belong to ranks, bytes do not: the shards are the same for any P.
+Four stages, each of units of work that ranks share out as they go, each restartable: text is read,
+cleaned and spilled by the digest of each document; every partition of the digests is tokenised,
+each text once; documents are mixed, cut and packed into rows; rows are written to shards. Between
+stages lie files, so memory is bounded by a unit, not by the corpus. Units belong to ranks, bytes do
+not: the shards are the same for any P.
 """
 
 from __future__ import annotations
 
-import collections
+import dataclasses
 import hashlib
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from tqdm import tqdm
-
+from data_prep import deduplicate
+from data_prep.blocks import RowFiles, block_sample
 from data_prep.claim import WORK, close_work, is_prepared, locked, open_work
+from data_prep.clean import Cleaner
 from data_prep.command import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -33,29 +35,44 @@ from data_prep.command import (
     run_command,
 )
 from data_prep.config import Prep, PrepRecipe, check_prep_recipe
-from data_prep.documents import find_inputs
-from data_prep.pack import FRAME, Segment
-from data_prep.plan import Plan, balance, block_slices, make_plan
-from data_prep.ranks import Ranks, agree, connect, each, launched_rank, on_rank_0
+from data_prep.container import Container, write_container
+from data_prep.durable import write_durably
+from data_prep.estimate import check_disk, estimate_table
+from data_prep.generations import Base, carry_rows, finish_index, known_documents, load_base
+from data_prep.mixing import Dose, doses, mix_table, quotas
+from data_prep.plan import Groups, block_slices, plan_group, rows_path, take_heldout
+from data_prep.ranks import Ranks, connect, each, launched_rank, on_rank_0
 from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publish, write_tar
-from data_prep.spill import Spills, spill
-from data_prep.summary import heldout_warning, summary_table
+from data_prep.sharing import share
+from data_prep.sources import Source, Unit, find_sources, split
+from data_prep.spill import Counts, Spills, spill, spill_path
+from data_prep.summary import heldout_warning, summary_table, write_faults
 from data_prep.tokenizer import Tokenizer
+from data_prep.tokens import Removals, TokenFiles, tokenise, tokens_path
+
+MIB = 1 << 20
+EXPANSION = 4  # text of a compressed or columnar file, over its size: only sizes work by it
+PARTITION_BYTES, FEWEST_FULL_PARTITIONS, MOST_PARTITIONS = 64 * MIB, 16, 1 << 16
+UNITS_AT_LEAST, LARGEST_UNIT = 256, 64 * MIB
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepare the recipe's text. See the module's docstring."""
-    recipe, _ = parse_recipe(
+    recipe, options = parse_recipe(
         PrepRecipe,
         argv,
         prog="python -m data_prep.build_shards",
         description="Turn raw text into packed, checksummed shards.",
+        add_options=_add_options,
     )
     check_prep_recipe(recipe)
     ranks = connect()
     os.environ.setdefault("RAYON_NUM_THREADS", str(_threads_per_rank(ranks)))
     try:
-        build(recipe, ranks)
+        if options.dry_run:
+            on_rank_0(ranks, lambda: print(_dry_run(recipe)))
+        else:
+            build(recipe, ranks, append=options.append)
     except (ConfigError, RunError, ElsewhereError):
         raise  # all ranks know, and leave together
     except BaseException as error:
@@ -67,13 +84,87 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_FINISHED
 
 
+def _add_options(parser: Any) -> None:
+    parser.add_argument(
+        "--append", action="store_true", help="add text to finished shards as a new generation"
+    )
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="estimate tokens, the language mix and the disk space from samples, and stop",
+    )
+
+
 def _threads_per_rank(ranks: Ranks) -> int:
     hosts = ranks.allgather(os.uname().nodename)
     return max(1, len(os.sched_getaffinity(0)) // hosts.count(os.uname().nodename))
 
 
-def build(recipe: PrepRecipe, ranks: Ranks) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """One preparation: what every stage needs to know, the same on every rank."""
+
+    recipe: PrepRecipe
+    ranks: Ranks
+    folder: Path
+    sources: list[Source]
+    tokenizer: Tokenizer
+    settings: str
+    base: Base | None
+
+    @property
+    def prep(self) -> Prep:
+        return self.recipe.prep
+
+    @property
+    def work(self) -> Path:
+        return self.folder / WORK
+
+    @property
+    def text_bytes(self) -> int:
+        """About how much text there is."""
+        return sum(s.bytes * (EXPANSION if s.compression else 1) for s in self.sources)
+
+    @property
+    def num_partitions(self) -> int:
+        number = 1
+        while number < MOST_PARTITIONS and number * self._partition_bytes(number) < self.text_bytes:
+            number *= 2
+        return number
+
+    @staticmethod
+    def _partition_bytes(number: int) -> int:
+        """Few partitions may be small, so that ranks have some to share out."""
+        return MIB if number < FEWEST_FULL_PARTITIONS else PARTITION_BYTES
+
+    def units(self) -> list[Unit]:
+        """What the first stage reads at a time: small enough to share out evenly."""
+        size = sum(source.bytes for source in self.sources) // UNITS_AT_LEAST
+        size = min(max(size, MIB), LARGEST_UNIT)
+        return [unit for source in self.sources for unit in split(source, size)]
+
+    def stage(
+        self,
+        name: str,
+        sizes: Sequence[int],
+        work: Callable[[int], None],
+        summarise: Callable[[], Any] = lambda: None,
+    ) -> Any:
+        """Do a stage that no earlier start has finished; returns its summary on every rank."""
+        done = self.work / f"{name}.done"
+        if not on_rank_0(self.ranks, done.exists):
+            share(self.ranks, self.work / "claims" / name, sizes, work, name)
+            on_rank_0(self.ranks, lambda: write_durably(done, json.dumps(summarise())))
+        return on_rank_0(self.ranks, lambda: json.loads(done.read_text()))
+
+
+def build(recipe: PrepRecipe, ranks: Ranks, *, append: bool = False) -> None:
     """Write the shards and the manifest of the recipe's text, or say that they are there already.
+
+    Args:
+        recipe: what to prepare.
+        ranks: all of them call this.
+        append: add the text to what the folder holds, as a new generation.
 
     Raises:
         ConfigError: there is no such text or tokenizer, the output folder holds something else, or
@@ -82,218 +173,298 @@ def build(recipe: PrepRecipe, ranks: Ranks) -> None:
     """
     started = time.monotonic()
     folder = Path(str(recipe.prep.output_dir))
-    inputs = on_rank_0(ranks, lambda: find_inputs(recipe.prep.input))
+    sources = on_rank_0(ranks, lambda: find_sources(recipe.prep.input))
     tokenizer = each(ranks, lambda: Tokenizer(recipe.tokenizer))
-    share = _share_of_files(inputs, ranks)
-    settings = _settings_digest(recipe, inputs, share, tokenizer, ranks)
-    if on_rank_0(ranks, lambda: is_prepared(folder, settings) and not (folder / WORK).exists()):
+    _check_same_tokenizer(recipe, tokenizer, ranks)
+    base = on_rank_0(ranks, lambda: load_base(folder, recipe, tokenizer)) if append else None
+    if base is not None:
+        sources = [source for source in sources if source.digest not in base.manifest.sources]
+    settings = _settings_digest(recipe, sources, tokenizer, base)
+
+    def is_finished() -> bool:
+        return not sources if base is not None else is_prepared(folder, settings)
+
+    if on_rank_0(ranks, lambda: is_finished() and not (folder / WORK).exists()):
         if ranks.rank == 0:
-            print(f"{folder} is already prepared with these settings: nothing to do")
+            print(f"{folder} is already prepared with this text and these settings: nothing to do")
         return
     with locked(folder, ranks):
-        if not on_rank_0(ranks, lambda: is_prepared(folder, settings)):
+        if not on_rank_0(ranks, is_finished):
             on_rank_0(ranks, lambda: open_work(folder, settings))
-            manifest = _prepare(recipe, inputs, share, tokenizer, settings, ranks)
-            on_rank_0(ranks, lambda: _finish(folder, manifest, recipe.prep, started))
+            job = _Job(recipe, ranks, folder, sources, tokenizer, settings, base)
+            make_manifest = _prepare(job)
+            on_rank_0(ranks, lambda: _finish(job, make_manifest, started))
         on_rank_0(ranks, lambda: close_work(folder))
 
 
-def _share_of_files(inputs: list[Path], ranks: Ranks) -> list[int]:
-    sizes = on_rank_0(ranks, lambda: [path.stat().st_size for path in inputs])
-    return balance(sizes, ranks.size)[ranks.rank]
+def _dry_run(recipe: PrepRecipe) -> str:
+    sources = find_sources(recipe.prep.input)
+    return estimate_table(sources, recipe.prep, Tokenizer(recipe.tokenizer), recipe.seed)
+
+
+def _check_same_tokenizer(recipe: PrepRecipe, tokenizer: Tokenizer, ranks: Ranks) -> None:
+    if len(set(ranks.allgather(tokenizer.fingerprint))) > 1:
+        raise ConfigError(
+            f"the tokenizer {recipe.tokenizer!r} is not the same on every rank, so rows would "
+            "mix vocabularies; name a folder that all ranks share"
+        )
 
 
 def _settings_digest(
-    recipe: PrepRecipe, inputs: list[Path], share: list[int], tokenizer: Tokenizer, ranks: Ranks
+    recipe: PrepRecipe, sources: list[Source], tokenizer: Tokenizer, base: Base | None
 ) -> str:
-    """Names the work: a restart goes on with an equal digest.
-
-    Raises:
-        ConfigError: the ranks have loaded different tokenizers.
-    """
-    digests = collections.ChainMap(
-        *agree(ranks, lambda: {unit: _file_sha256(inputs[unit]) for unit in share})
-    )
-    prep = asdict(recipe.prep)
-    for key in ("input", "output_dir", "tokenizer"):
+    """Names the work: a restart goes on with an equal digest."""
+    prep = dataclasses.asdict(recipe.prep)
+    for key in ("input", "output_dir", "tokenizer", "on_error"):
         del prep[key]
     named = {
         "format_version": FORMAT_VERSION,
         "prep": prep,
         "seed": recipe.seed,
         "tokenizer": tokenizer.fingerprint,
-        "files": [(path.name, digests[unit]) for unit, path in enumerate(inputs)],
+        "sources": sorted((source.name, source.digest) for source in sources),
+        "base": base and base.digest,
     }
-    settings = hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
-    if len(set(ranks.allgather(settings))) > 1:
-        raise ConfigError(
-            f"the tokenizer {recipe.tokenizer!r} is not the same on every rank, so rows would "
-            "mix vocabularies; name a folder that all ranks share"
+    return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
+
+
+def _prepare(job: _Job) -> Callable[[], Manifest]:
+    """The stages. Returns what makes the manifest, once they are all done."""
+    on_rank_0(job.ranks, lambda: check_disk(job.folder, job.text_bytes, job.tokenizer))
+    units: list[Unit] = on_rank_0(job.ranks, job.units)
+    read = _read(job, units)
+    before = set(job.base.manifest.tokens) if job.base else set()
+    languages = [*read["languages"], *sorted(before - set(read["languages"]))]
+    _tokenise(job, len(units))
+    paths = [tokens_path(job.work, partition) for partition in range(job.num_partitions)]
+    files = each(job.ranks, lambda: TokenFiles(paths, languages))
+    mix = _mix(job, files)
+    groups = Groups.of(len(files), mix["tokens"])
+    packed = _pack(job, files, groups, mix)
+    rows = [rows_path(job.work, group) for group in range(len(groups))]
+    if job.base is not None and job.base.short is not None:
+        carried = (job.work / "carried-tokens", job.work / "carried-rows")
+        on_rank_0(
+            job.ranks, lambda: carry_rows(job.folder, job.base, *carried, languages, len(paths))
         )
-    return settings
+        files = each(job.ranks, lambda: TokenFiles([*paths, carried[0]], languages))
+        rows = [carried[1], *rows]
+    tasks = _write(job, files, each(job.ranks, lambda: RowFiles(rows)), mix["heldout_rows"])
+    parts = [read, {"counts": files.counts().to_json()}, mix, *packed]
+    on_rank_0(job.ranks, lambda: write_faults(job.folder, read["faults"]))
+    return lambda: _manifest(job, parts, [task.description(job.work) for task in tasks])
 
 
-def _file_sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _read(job: _Job, units: Sequence[Unit]) -> Any:
+    """Read and clean all text; gives its languages, what was counted and what cannot be read."""
+    cleaner = each(job.ranks, lambda: Cleaner(job.prep))
+
+    def read(index: int) -> None:
+        path = spill_path(job.work, index)
+        spill(units[index], path, job.prep, cleaner, job.num_partitions, job.recipe.seed)
+
+    def summarise() -> Any:
+        spills = Spills(job.work, len(units), job.prep)
+        faults = [dataclasses.astuple(fault) for fault in spills.faults]
+        return {
+            "counts": spills.counts.to_json(),
+            "languages": spills.languages,
+            "faults": faults,
+        }
+
+    return job.stage("read", [unit.bytes for unit in units], read, summarise)
 
 
-def _prepare(
-    recipe: PrepRecipe,
-    inputs: list[Path],
-    share: list[int],
-    tokenizer: Tokenizer,
-    settings: str,
-    ranks: Ranks,
-) -> Manifest:
-    """The three passes. Every rank returns the whole manifest."""
-    prep = recipe.prep
-    work = Path(str(prep.output_dir)) / WORK
+def _tokenise(job: _Job, num_units: int) -> None:
+    """Drop duplicates and tokenise the rest, then remove the spills."""
+    number = job.num_partitions
+    if not on_rank_0(job.ranks, (job.work / "tokenise.done").exists):
+        spills = each(job.ranks, lambda: Spills(job.work, num_units, job.prep))
 
-    def spill_share() -> None:
-        for unit in _progress(share, "read and tokenise", "file", ranks):
-            spill(inputs[unit], unit, work, prep, tokenizer)
+        def for_each_partition(name: str, work: Callable[[int], None]) -> None:
+            job.stage(name, [1] * number, work)
 
-    each(ranks, spill_share)
-    spills = each(ranks, lambda: Spills(work, len(inputs), tokenizer.dtype))
-    plan = make_plan(spills.documents, prep, recipe.seed)
-    if not plan.train:
-        raise ConfigError(
-            f"prep.input holds no text that could be trained on ({len(spills.documents)} documents "
-            f"with text under prep.text_key={prep.text_key!r}); correct the key or the globs"
-        )
-    shards = _write_shards(plan, spills, prep, tokenizer, ranks)
-    return _manifest(recipe, settings, tokenizer, plan, spills, shards)
+        similar, lines = [], []
+        if job.prep.near_duplicates is not None:
+            threshold = job.prep.near_duplicates
+            similar = deduplicate.similar_documents(
+                spills, job.work, number, threshold, for_each_partition
+            )
+        if job.prep.dedup_lines:
+            lines = deduplicate.repeated_lines(spills, job.work, number, for_each_partition)
 
+        def tokenise_partition(partition: int) -> None:
+            known = known_documents(job.folder, job.base, partition, number)
+            path = tokens_path(job.work, partition)
+            removals = Removals(known, similar, lines)
+            tokenise(spills, partition, path, job.prep, job.tokenizer, removals)
 
-def _progress(items: Sequence[int], what: str, unit: str, ranks: Ranks) -> tqdm[int]:
-    hidden = None if ranks.rank == 0 else True  # None: shown on a terminal
-    return tqdm(items, desc=what, unit=unit, disable=hidden)
+        for_each_partition("tokenise", tokenise_partition)
+    on_rank_0(job.ranks, lambda: _remove(job.work, "read-*[0-9]", "similar-*", "lines-*"))
 
 
-class _Task(NamedTuple):
+def _remove(folder: Path, *patterns: str) -> None:
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _mix(job: _Job, files: TokenFiles) -> Any:
+    """Set held-out rows apart and decide how much of each language there will be."""
+
+    def decide() -> Any:
+        before = job.base.manifest.heldout_rows if job.base else {}
+        there = files.num_documents()
+        held = take_heldout(files, job.prep, [n for n in there if there[n] and n not in before])
+        for language, rows in held.rows.items():
+            with write_container(job.work / f"heldout-{language}") as writer:
+                rows.write(writer)
+        draws = files.draws()
+        for language, taken in held.draws.items():
+            draws[language] -= taken
+        tokens = {name: int(of_draw.sum()) for name, of_draw in draws.items() if of_draw.any()}
+        if not tokens:
+            raise ConfigError(
+                f"prep.input holds no text that could be trained on ({sum(there.values())} documents "
+                f"with text under prep.text_key={job.prep.text_key!r}); correct the key or the globs"
+            )
+        print(mix_table(tokens, job.prep, None), flush=True)
+        return {
+            "counts": held.counts.to_json(),
+            "heldout_rows": {language: len(rows) for language, rows in held.rows.items()},
+            "until": held.until,
+            "doses": {
+                language: dataclasses.astuple(dose)
+                for language, dose in doses({n: draws[n] for n in tokens}, job.prep).items()
+            },
+            "tokens": sum(quotas(tokens, job.prep).values()),
+        }
+
+    return job.stage("mix", [], lambda _: None, decide)
+
+
+def _pack(job: _Job, files: TokenFiles, groups: Groups, mix: Any) -> list[Any]:
+    """Pack every group's documents into rows; gives what was counted, group by group."""
+    until = {language: tuple(key) for language, key in mix["until"].items()}
+    of_language = {language: Dose(*dose) for language, dose in mix["doses"].items()}
+
+    def pack_group(group: int) -> None:
+        path = rows_path(job.work, group)
+        plan_group(files, groups[group], path, of_language, until, job.prep, job.tokenizer,
+                   job.recipe.seed)  # fmt: skip
+
+    def summarise() -> list[Any]:
+        return [Container(rows_path(job.work, group)).facts for group in range(len(groups))]
+
+    found: list[Any] = job.stage("pack", [1] * len(groups), pack_group, summarise)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
     """One shard to write: the blocks [start, stop) of `rows`."""
 
     name: str
     language: str | None
-    rows: list[list[Segment]]
+    rows: RowFiles
     blocks: list[tuple[int, int]]
 
+    def _facts(self, work: Path) -> Path:
+        return work / f"{self.name}.json"
 
-def _shard_tasks(plan: Plan, prep: Prep) -> list[_Task]:
-    """All shards, training ones first."""
+    def description(self, work: Path) -> Shard:
+        """Of the finished shard."""
+        return Shard.from_json(json.loads(self._facts(work).read_text()))
+
+    def write(self, job: _Job, files: TokenFiles) -> None:
+        """Write the shard and its description, unless they are there."""
+        path = job.folder / f"{self.name}.tar"
+        if not path.exists():  # a rename made it appear, whole
+            samples = (
+                block_sample(f"{self.name}-{start:08d}", self.rows.slice(start, stop), files,
+                             job.tokenizer, job.prep.seq_len)
+                for start, stop in self.blocks
+            )  # fmt: skip
+            write_tar(path, samples)
+        if not self._facts(job.work).exists():
+            shard = describe_tar(path, language=self.language)
+            write_durably(self._facts(job.work), json.dumps(dataclasses.asdict(shard)))
+
+
+def _write(
+    job: _Job, files: TokenFiles, rows: RowFiles, heldout_rows: dict[str, int]
+) -> list[_Task]:
+    """Write all shards, training ones first."""
+    first = job.base.next_shard if job.base else 0
     tasks = [
-        _Task(f"train-{index:06d}", None, plan.train, blocks)
-        for index, blocks in enumerate(block_slices(len(plan.train), prep))
+        _Task(f"train-{first + index:06d}", None, rows, blocks)
+        for index, blocks in enumerate(block_slices(len(rows), job.prep))
     ]
-    for language, rows in sorted(plan.heldout.items()):
+    for language, number in sorted(heldout_rows.items()):
+        heldout = each(
+            job.ranks, lambda language=language: RowFiles([job.work / f"heldout-{language}"])
+        )
         tasks += [
-            _Task(f"heldout-{language}-{index:06d}", language, rows, blocks)
-            for index, blocks in enumerate(block_slices(len(rows), prep))
+            _Task(f"heldout-{language}-{index:06d}", language, heldout, blocks)
+            for index, blocks in enumerate(block_slices(number, job.prep))
         ]
+    sizes = [task.blocks[-1][1] - task.blocks[0][0] for task in tasks]
+    job.stage("write", sizes, lambda index: tasks[index].write(job, files))
     return tasks
 
 
-def _write_shards(
-    plan: Plan, spills: Spills, prep: Prep, tokenizer: Tokenizer, ranks: Ranks
-) -> tuple[Shard, ...]:
-    """Write this rank's part of the shards; returns the description of all."""
-    tasks = _shard_tasks(plan, prep)
-
-    def write(task: _Task) -> Shard:
-        path = Path(str(prep.output_dir)) / f"{task.name}.tar"
-        if not path.exists():  # a rename made it appear, whole
-            samples = (
-                _sample(f"{task.name}-{start:08d}", task.rows[start:stop], plan, spills, prep,
-                        tokenizer)
-                for start, stop in task.blocks
-            )  # fmt: skip
-            write_tar(path, samples)
-        return describe_tar(path, language=task.language)
-
-    share = range(ranks.rank, len(tasks), ranks.size)
-    parts = agree(
-        ranks, lambda: {i: write(tasks[i]) for i in _progress(share, "write", "shard", ranks)}
-    )
-    shards = collections.ChainMap(*parts)
-    return tuple(shards[i] for i in range(len(tasks)))
-
-
-def _sample(
-    key: str,
-    rows: list[list[Segment]],
-    plan: Plan,
-    spills: Spills,
-    prep: Prep,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    """One block, as WebDataset's writer takes it."""
-    input_ids = np.full((len(rows), prep.seq_len), tokenizer.pad_id, dtype=tokenizer.dtype)
-    boundaries = [0]
-    languages: list[str | None] = []  # of each segment; padding has none
-    tokens: dict[str, int] = {}
-    for number, row in enumerate(rows):
-        position = 0
-        for segment in row:
-            record = plan.documents[segment.document]
-            end = position + segment.length + FRAME
-            input_ids[number, position] = tokenizer.cls_id
-            input_ids[number, position + 1 : end - 1] = spills.tokens(record, segment)
-            input_ids[number, end - 1] = tokenizer.sep_id
-            boundaries.append(number * prep.seq_len + end)
-            language = record["language"].decode()
-            languages.append(language)
-            tokens[language] = tokens.get(language, 0) + end - position
-            position = end
-        if position < prep.seq_len:
-            boundaries.append((number + 1) * prep.seq_len)
-            languages.append(None)
-    padding = input_ids.size - sum(tokens.values())
-    return {
-        "__key__": key,
-        "input_ids.npy": input_ids,
-        "cu_seqlens.npy": np.array(boundaries, dtype=np.int32),
-        "json": {
-            "rows": len(rows),
-            "tokens": tokens,
-            "padding": padding,
-            "segment_languages": languages,
-        },
-    }
-
-
-def _manifest(
-    recipe: PrepRecipe,
-    settings: str,
-    tokenizer: Tokenizer,
-    plan: Plan,
-    spills: Spills,
-    shards: tuple[Shard, ...],
-) -> Manifest:
+def _manifest(job: _Job, parts: list[Any], shards: list[Shard]) -> Manifest:
+    """Add up what the stages counted, on top of the generation before."""
+    before = job.base.manifest if job.base else None
+    total = Counts()
+    if before is not None:
+        for language, counted in before.accounting.items():
+            total.update({(language, what): number for what, number in counted.items()})
+    tokens: Counter[str] = Counter(before.tokens if before else {})
+    lengths = {k: Counter(v) for k, v in (before.segment_lengths if before else {}).items()}
+    for part in parts:
+        total.update(Counts.from_json(part["counts"]))
+    for part in parts:
+        if "lengths" in part:
+            tokens.update(part["tokens"])
+            for language, of_language in part["lengths"].items():
+                lengths.setdefault(language, Counter()).update(of_language)
     accounting: dict[str, dict[str, int]] = {}
-    counted: list[Mapping[tuple[str, str], int]] = [spills.counts, plan.dropped, plan.kept()]
-    for counts in counted:
-        for (language, what), number in counts.items():
-            accounting.setdefault(language, {})[what] = number
+    for (language, what), number in total.items():
+        accounting.setdefault(language, {})[what] = number
+    kept = job.base.shards if job.base else ()
+    train = [shard for shard in (*kept, *shards) if shard.language is None]
+    heldout = [shard for shard in (*kept, *shards) if shard.language is not None]
+    heldout_rows = dict(before.heldout_rows if before else {})
+    heldout_rows |= next(part["heldout_rows"] for part in parts if "heldout_rows" in part)
     return Manifest(
-        settings=settings,
-        seq_len=recipe.prep.seq_len,
-        vocab_size=tokenizer.vocab_size,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        special_ids={"cls": tokenizer.cls_id, "sep": tokenizer.sep_id, "pad": tokenizer.pad_id},
-        seed=recipe.seed,
-        rows=len(plan.train),
-        heldout_rows={language: len(rows) for language, rows in sorted(plan.heldout.items())},
-        tokens=plan.tokens(),
+        settings=job.settings,
+        seq_len=job.prep.seq_len,
+        vocab_size=job.tokenizer.vocab_size,
+        tokenizer=job.recipe.tokenizer,
+        tokenizer_fingerprint=job.tokenizer.fingerprint,
+        special_ids={
+            "cls": job.tokenizer.cls_id, "sep": job.tokenizer.sep_id, "pad": job.tokenizer.pad_id
+        },
+        seed=job.recipe.seed,
+        generation=before.generation + 1 if before else 1,
+        rows=sum(shard.rows for shard in train),
+        heldout_rows=dict(sorted(heldout_rows.items())),
+        tokens=dict(tokens),
+        segment_lengths={language: dict(counts) for language, counts in lengths.items()},
         accounting=accounting,
-        shards=shards,
-    )
+        sources={**(before.sources if before else {}), **{s.digest: s.name for s in job.sources}},
+        shards=(*train, *heldout),
+    )  # fmt: skip
 
 
-def _finish(folder: Path, manifest: Manifest, prep: Prep, started: float) -> None:
-    publish(folder, manifest)
+def _finish(job: _Job, make_manifest: Callable[[], Manifest], started: float) -> None:
+    manifest = make_manifest()
+    paths = [tokens_path(job.work, partition) for partition in range(job.num_partitions)]
+    finish_index(job.folder, manifest.generation, TokenFiles(paths, ()))
+    publish(job.folder, manifest)
     print(summary_table(manifest, time.monotonic() - started), flush=True)
-    if warning := heldout_warning(manifest, prep.heldout_rows):
+    if warning := heldout_warning(manifest, job.prep.heldout_rows):
         print(warning, file=sys.stderr)
 
 

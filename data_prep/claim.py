@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep.command import ConfigError
 from data_prep.ranks import Ranks, each, on_rank_0
-from data_prep.shards import MANIFEST, ShardReader
+from data_prep.shards import MANIFEST, ShardReader, manifests
 
 WORK = ".work"  # holds what a restart goes on from; there as long as the preparation is unfinished
 _LOCK = ".lock"
@@ -80,11 +80,13 @@ def open_work(folder: Path, settings: str) -> None:
     mark = work / "settings"
     if mark.exists() and mark.read_text() == settings:
         return
+    finished = {shard.name for manifest in manifests(folder) for shard in manifest.shards}
     tars = sorted(itertools.chain(folder.glob("*.tar"), folder.glob("*.tar.partial")))
+    tars = [path for path in tars if path.name not in finished]
     if tars and not work.exists():
         raise ConfigError(
-            f"prep.output_dir={folder} holds {tars[0].name} and no {MANIFEST}, so it may be "
-            "anything, and is not overwritten; remove it or name another folder"
+            f"prep.output_dir={folder} holds {tars[0].name}, which no {MANIFEST} names, so it may "
+            "be anything, and is not overwritten; remove it or name another folder"
         )
     mark.unlink(missing_ok=True)  # first: without it nothing that is left is ever gone on from
     for stale in tars:

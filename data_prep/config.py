@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.command import ConfigError
 
@@ -26,6 +27,17 @@ class Prep:
         heldout_rows: rows of each language set apart for the held-out loss; 0 is none.
         rows_per_block: rows in one WebDataset sample, the unit that training shuffles.
         blocks_per_shard: samples in one tar file.
+        on_error: `report` counts and lists what cannot be read and goes on; `stop` stops there.
+        min_chars: documents of fewer characters are dropped.
+        max_repetition: documents that repeat themselves more than this, 0..1, are dropped; 1 is off.
+        check_language: drop documents whose text is clearly in another language than they say.
+        dedup_lines: keep a long line only in the first document that has it.
+        near_duplicates: of documents that are alike to this Jaccard index keep one; null is off.
+        exclude: globs of evaluation files; documents that share an n-gram with them are dropped.
+        exclude_ngram: words of that n-gram.
+        weights: language -> factor on its share; 0 leaves it out.
+        max_repeats: a document is in the rows this many times at most.
+        max_tokens: tokens to train on, frames included; null is as many as the text has.
     """
 
     input: list[str] = dataclasses.field(default_factory=list)
@@ -38,6 +50,17 @@ class Prep:
     heldout_rows: int = 0
     rows_per_block: int = 256
     blocks_per_shard: int = 256
+    on_error: Literal["report", "stop"] = "report"
+    min_chars: int = 1
+    max_repetition: float = 1.0
+    check_language: bool = False
+    dedup_lines: bool = False
+    near_duplicates: float | None = None
+    exclude: list[str] = dataclasses.field(default_factory=list)
+    exclude_ngram: int = 13
+    weights: dict[str, float] | None = None
+    max_repeats: float = 10.0
+    max_tokens: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +123,7 @@ def check_prep(prep: Prep) -> None:
         ("rows_per_block", 1),
         ("blocks_per_shard", 1),
         ("heldout_rows", 0),
+        ("max_repeats", 1),
     ):
         if getattr(prep, key) < least:
             raise ConfigError(
@@ -114,6 +138,16 @@ def check_prep(prep: Prep) -> None:
         raise ConfigError(
             f"prep.smoothing={prep.smoothing} is outside 0..1, so rare languages would get less "
             "than their natural share or common ones none; use 0.3 (usual) to 1 (as found)"
+        )
+    for language, weight in (prep.weights or {}).items():
+        if not 0.0 <= weight < math.inf:
+            raise ConfigError(
+                f"prep.weights.{language}={weight} is no factor on a share; use 0 (none of it) or more"
+            )
+    if prep.max_tokens is not None and prep.max_tokens < prep.seq_len:
+        raise ConfigError(
+            f"prep.max_tokens={prep.max_tokens} does not fill a row of prep.seq_len={prep.seq_len}; "
+            "use more, or null for as many as the text has"
         )
 
 

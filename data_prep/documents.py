@@ -143,3 +143,7 @@ def _txt_documents(lines: Iterable[bytes], file_language: str) -> Iterator[_Raw]
             yield finish()
     if document:
         yield finish()
+
+
+def read_raw(unit, prep, faults):
+    yield from _raw_documents(Path(unit.source.url), prep)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
 
 FRAME = 2  # every segment carries one token before its content and one after
 TARGET_FILL = 0.995  # documents are cut only as far as this needs
 MIN_PIECE = 3  # tokens of content in a piece that is cut off to fill a hole
+SENTENCE_REACH = 64  # a sentence's end is worth 1/64 of a row
+WORD_REACH = 8  # and a word's 1/8 of it, or of a piece: most words are much shorter
 
 
 class Segment(NamedTuple):
@@ -19,13 +24,44 @@ class Segment(NamedTuple):
     length: int
 
 
-def cut(document: int, num_tokens: int, seq_len: int) -> list[Segment]:
-    """A document as segments that each fit a row."""
-    longest = seq_len - FRAME
-    return [
-        Segment(document, start, min(longest, num_tokens - start))
-        for start in range(0, num_tokens, longest)
-    ]
+def cut(
+    starts_word: npt.NDArray[np.bool_], ends_sentence: npt.NDArray[np.bool_], seq_len: int
+) -> list[int]:
+    """The lengths of the pieces that a document is cut into, so that each fits a row.
+
+    A piece ends with a sentence if one ends near the row's end, otherwise with a word, otherwise
+    where the row is full: holes that are left have to be filled with pieces of other documents.
+
+    Args:
+        starts_word: [tokens] whether a word starts with the token.
+        ends_sentence: [tokens] whether a sentence ends with it.
+        seq_len: tokens of a row, FRAME included.
+    """
+    longest, lengths, start = seq_len - FRAME, [], 0
+    while len(starts_word) - start > longest:
+        stop = start + longest
+        near = np.arange(max(start + 1, stop - longest // SENTENCE_REACH), stop + 1)
+        at_sentences = near[ends_sentence[near - 1] & starts_word[near]]
+        length = (
+            int(at_sentences[-1]) - start
+            if len(at_sentences)
+            else nearest_cut(starts_word[start : stop + 1], longest)
+        )
+        lengths.append(length)
+        start += length
+    return [*lengths, len(starts_word) - start] if len(starts_word) else []
+
+
+def nearest_cut(starts_word: npt.NDArray[np.bool_], length: int) -> int:
+    """The most tokens, at most `length` and not many fewer, that end with a word.
+
+    Args:
+        starts_word: [length + 1 or more] whether a word starts with the token.
+        length: of the piece, if nothing better is near.
+    """
+    nearest = max(1, length - length // WORD_REACH)
+    found = np.flatnonzero(starts_word[nearest : length + 1])
+    return nearest + int(found[-1]) if len(found) else length
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -59,13 +95,22 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def pack(segments: Sequence[Segment], seq_len: int) -> list[list[Segment]]:
-    """Rows of at most `seq_len` tokens that hold every token of every segment exactly once."""
+Shorten = Callable[[Segment, int], int]  # the best length for a segment's head, at most that
+
+
+def pack(segments: Sequence[Segment], seq_len: int, shorten: Shorten) -> list[list[Segment]]:
+    """Rows of at most `seq_len` tokens that hold every token of every segment exactly once.
+
+    Args:
+        segments: what there is.
+        seq_len: tokens of a row, frames included.
+        shorten: says where a segment is best cut, if it has to be.
+    """
     rows = best_fit([segment.length + FRAME for segment in segments], seq_len)
-    return fill_holes([[segments[item] for item in row] for row in rows], seq_len)
+    return fill_holes([[segments[item] for item in row] for row in rows], seq_len, shorten)
 
 
-def fill_holes(rows: list[list[Segment]], seq_len: int) -> list[list[Segment]]:
+def fill_holes(rows: list[list[Segment]], seq_len: int, shorten: Shorten) -> list[list[Segment]]:
     """Cut up the emptiest rows to fill the largest holes, until TARGET_FILL or no hole is worth it.
 
     Real text seldom needs it; text whose documents are all a little over half a row always does.
@@ -76,7 +121,7 @@ def fill_holes(rows: list[list[Segment]], seq_len: int) -> list[list[Segment]]:
     num_rows, num_used = len(rows), sum(used)
     while num_rows > 1 and num_used < TARGET_FILL * num_rows * seq_len:
         _, donor = heapq.heappop(holes)
-        pieces, rest = _pour(rows[donor], rows, holes)
+        pieces, rest = _pour(rows[donor], rows, holes, shorten)
         num_used += FRAME * (pieces + len(rest) - len(rows[donor]))
         rows[donor] = rest
         if rest:
@@ -86,7 +131,10 @@ def fill_holes(rows: list[list[Segment]], seq_len: int) -> list[list[Segment]]:
 
 
 def _pour(
-    segments: list[Segment], rows: list[list[Segment]], holes: list[tuple[int, int]]
+    segments: list[Segment],
+    rows: list[list[Segment]],
+    holes: list[tuple[int, int]],
+    shorten: Shorten,
 ) -> tuple[int, list[Segment]]:
     """Move segments into the largest holes, cut where they must be.
 
@@ -101,6 +149,8 @@ def _pour(
         length = min(room, segment.length)
         if 0 < segment.length - length < MIN_PIECE:
             length = segment.length - MIN_PIECE  # leave a piece that is still worth a row's place
+        if MIN_PIECE <= length < segment.length:
+            length = max(MIN_PIECE, shorten(segment, length))
         if length < MIN_PIECE and length < segment.length:
             rest.append(segment)  # no piece of it is worth this hole, which stays
             continue

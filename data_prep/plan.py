@@ -1,222 +1,344 @@
-"""Documents to rows: pure functions of the documents' keys and lengths, of settings and the seed.
+"""The third stage: which tokens are in which row. Only numbers move; ids stay where they are.
 
-Documents are ordered by a digest of their text, never by the file or rank that they came from, so
-the plan is the same for any order of files and any number of ranks.
+Documents lie in the partitions in the order of a keyed digest of their text, which is random, and
+the same for any order of files and any number of ranks. A group of partitions gives some of the
+rows; a document's further copies are taken up by partitions far from its own.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data_prep.config import Prep
-from data_prep.pack import FRAME, MIN_PIECE, Segment, cut, pack
+from data_prep.container import Container, ContainerWriter, write_container
+from data_prep.mixing import Dose
+from data_prep.pack import FRAME, MIN_PIECE, Segment, cut, nearest_cut, pack
+from data_prep.spill import Counts
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokens import DRAWS, TokenFiles, draw_of, framed
 
+# `length` ids of the partition's file from `offset`; the frame around them is not counted.
+SEGMENT = np.dtype(
+    [("partition", "<u4"), ("language", "<u2"), ("length", "<u4"), ("offset", "<u8")]
+)
 WINDOW = 1 << 16  # segments packed together: large enough for full rows, small enough for a cache
-DOCUMENT = np.dtype(
-    [("key", "S16"), ("language", "S32"), ("tokens", "<u4"), ("chars", "<u4"), ("unit", "<u4"),
-     ("offset", "<u8")]
-)  # fmt: skip
+GROUP_TOKENS = 8 << 20  # to train on, in one group of partitions
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What goes where.
+@dataclasses.dataclass
+class Rows:
+    """Rows of segments.
 
     Args:
-        documents: DOCUMENT records, sorted by language and key; segments refer to them by index.
-        train: rows of segments, in their final order.
-        heldout: the held-out rows of each language.
-        dropped: (language, rule) -> documents and characters that are in neither.
+        segments: SEGMENT records, row by row.
+        starts: [rows + 1], where each row begins in `segments`.
     """
 
-    documents: npt.NDArray[np.void]
-    train: list[list[Segment]]
-    heldout: dict[str, list[list[Segment]]]
-    dropped: dict[tuple[str, str], int]
+    segments: npt.NDArray[np.void]
+    starts: npt.NDArray[np.int64]
 
-    def tokens(self) -> dict[str, int]:
-        """Tokens to train on of each language, padding excluded."""
-        totals: dict[str, int] = {}
-        languages = [name.decode() for name in self.documents["language"]]
-        for row in self.train:
-            for segment in row:
-                language = languages[segment.document]
-                totals[language] = totals.get(language, 0) + segment.length + FRAME
-        return totals
+    def __len__(self) -> int:
+        return len(self.starts) - 1
 
-    def kept(self) -> dict[tuple[str, str], int]:
-        """(language, what) -> documents and characters that are in at least one row.
+    def __getitem__(self, row: int) -> npt.NDArray[np.void]:
+        return self.segments[self.starts[row] : self.starts[row + 1]]
 
-        Counted from the rows themselves, independently of what was dropped.
-        """
-        counts: collections.Counter[tuple[str, str]] = collections.Counter()
-        heldout = [row for rows in self.heldout.values() for row in rows]
-        for part, rows in (("train", self.train), ("heldout", heldout)):
-            num_kept: collections.Counter[int] = collections.Counter()
-            for row in rows:
-                for segment in row:
-                    num_kept[segment.document] += segment.length
-            for document, kept in num_kept.items():
-                record = self.documents[document]
-                language = record["language"].decode()
-                counts[language, f"documents_{part}"] += 1
-                counts[language, f"chars_{part}"] += int(record["chars"]) - _chars_of_tokens(
-                    record, max(0, int(record["tokens"]) - kept)
-                )
-        return dict(counts)
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Any]]) -> Rows:
+        """From tuples of SEGMENT's fields."""
+        flat = [segment for row in rows for segment in row]
+        starts = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return cls(np.array(flat, dtype=SEGMENT), starts)
+
+    def write(self, writer: ContainerWriter) -> None:
+        """Add them to a file."""
+        writer.append("segments", self.segments)
+        writer.append("starts", self.starts)
+
+    @classmethod
+    def load(cls, file: Container) -> Rows:
+        """What `write` wrote."""
+        return cls(file.read("segments"), file.read("starts"))
 
 
-def _chars_of_tokens(record: np.void, num_tokens: int) -> int:
-    """About how many of a document's characters this many of its tokens stand for."""
-    return round(num_tokens / int(record["tokens"]) * int(record["chars"]))
-
-
-def make_plan(documents: npt.NDArray[np.void], prep: Prep, seed: int) -> Plan:
-    """Remove duplicates, set held-out rows apart, mix the languages, shuffle, pack.
+@dataclasses.dataclass
+class HeldOut:
+    """Text that is never trained on.
 
     Args:
-        documents: DOCUMENT records of the whole corpus, in any order.
-        prep: the recipe's section.
-        seed: of the shuffle, and of which documents are held out.
+        rows: language -> its rows.
+        until: language -> digest: all its documents up to there are held out.
+        draws: language -> [DRAWS] framed tokens that are no longer there to train on.
+        counts: what became of these documents.
     """
-    dropped: dict[tuple[str, str], int] = {}
-    documents = _drop_duplicates(documents, dropped)
-    rng = np.random.Generator(np.random.Philox(seed))
-    heldout: dict[str, list[list[Segment]]] = {}
-    remaining: dict[str, npt.NDArray[np.int64]] = {}
-    for name in np.unique(documents["language"]):
-        language = name.decode()
-        indices = rng.permutation(np.flatnonzero(documents["language"] == name))
-        num_taken = 0
-        if prep.heldout_rows:
-            heldout[language], num_taken = _take_heldout(documents, indices, prep, dropped)
-        remaining[language] = indices[num_taken:]
-    chosen = _mix(documents, remaining, prep.smoothing, dropped)
-    segments = [
-        segment
-        for document in chosen
-        for segment in cut(int(document), int(documents["tokens"][document]), prep.seq_len)
-    ]
-    order = rng.permutation(len(segments))
-    rows: list[list[Segment]] = []
-    for start in range(0, len(order), WINDOW):
-        rows += pack([segments[i] for i in order[start : start + WINDOW]], prep.seq_len)
-    train = [rows[i] for i in rng.permutation(len(rows))]
-    return Plan(documents=documents, train=train, heldout=heldout, dropped=dropped)
+
+    rows: dict[str, Rows]
+    until: dict[str, tuple[int, int]]
+    draws: dict[str, npt.NDArray[np.int64]]
+    counts: Counts
 
 
-def _count(dropped: dict[tuple[str, str], int], documents: npt.NDArray[np.void], rule: str) -> None:
-    for name in np.unique(documents["language"]):
-        of_language = documents[documents["language"] == name]
-        language = name.decode()
-        for what, number in (
-            (f"documents_{rule}", len(of_language)),
-            (f"chars_{rule}", int(of_language["chars"].sum())),
-        ):
-            dropped[language, what] = dropped.get((language, what), 0) + number
-
-
-def _drop_duplicates(
-    documents: npt.NDArray[np.void], dropped: dict[tuple[str, str], int]
-) -> npt.NDArray[np.void]:
-    """One document of each text; of copies under two languages, the alphabetically first's."""
-    order = np.lexsort((documents["offset"], documents["unit"], documents["language"],
-                        documents["key"]))  # fmt: skip
-    documents = documents[order]
-    first = np.ones(len(documents), dtype=bool)
-    first[1:] = documents["key"][1:] != documents["key"][:-1]
-    _count(dropped, documents[~first], "duplicate")
-    unique: npt.NDArray[np.void] = documents[first]
-    silent = unique["tokens"] == 0
-    _count(dropped, unique[silent], "no_tokens")
-    unique = unique[~silent]
-    unique = unique[np.lexsort((unique["key"], unique["language"]))]
-    return unique
-
-
-def _take_heldout(
-    documents: npt.NDArray[np.void],
-    indices: npt.NDArray[np.int64],
-    prep: Prep,
-    dropped: dict[tuple[str, str], int],
-) -> tuple[list[list[Segment]], int]:
-    """The language's held-out rows, and how many documents they took.
+def take_heldout(files: TokenFiles, prep: Prep, languages: Sequence[str]) -> HeldOut:
+    """The first documents of each language, in the order of digests, until the rows are full.
 
     Documents are laid end to end and cut where a row is full. What is left of the last one is
     dropped rather than trained on. At most half of a language's documents are taken.
+
+    Args:
+        files: all documents.
+        prep: the recipe's section.
+        languages: those to hold out from.
     """
-    rows: list[list[Segment]] = [[]]
-    free = prep.seq_len
-    available = indices[: len(indices) // 2]
-    for taken, document in enumerate(available):
-        start, end = 0, int(documents["tokens"][document])
+    held = HeldOut({}, {}, {}, Counts())
+    limits = {language: number // 2 for language, number in files.num_documents().items()}
+    fillers = {language: _Filler(prep, limits[language]) for language in languages}
+    for partition in range(len(files)):
+        open_ones = {files.languages.index(n): f for n, f in fillers.items() if not f.is_full}
+        if not open_ones:
+            break
+        for record in _of_languages(files.documents(partition), list(open_ones)):
+            open_ones[int(record["language"])].take(record, partition)
+    for language, filler in fillers.items():
+        held.rows[language] = Rows.of([row for row in filler.rows if row])
+        taken = np.array(filler.taken, dtype=files.documents(0).dtype)
+        held.draws[language] = np.bincount(
+            draw_of(taken), weights=framed(taken["tokens"], prep.seq_len), minlength=DRAWS
+        ).astype(np.int64)
+        if filler.taken:
+            held.until[language] = (int(taken["hi"][-1]), int(taken["lo"][-1]))
+            held.counts.drop(
+                language, "heldout", int(taken["chars"].sum()) - filler.remainder, len(taken)
+            )
+            if filler.remainder:
+                held.counts[language, "chars_heldout_remainder"] += filler.remainder
+    return held
+
+
+def _of_languages(table: npt.NDArray[np.void], languages: Sequence[int]) -> npt.NDArray[np.void]:
+    return table[np.isin(table["language"], languages)]
+
+
+class _Filler:
+    """Fills a language's held-out rows, document after document."""
+
+    def __init__(self, prep: Prep, limit: int) -> None:
+        self._seq_len, self._num_rows, self._limit = prep.seq_len, prep.heldout_rows, limit
+        self._free = prep.seq_len
+        self.rows: list[list[Any]] = [[]]
+        self.taken: list[np.void] = []
+        self.remainder = 0  # about how many characters of the last document are in no row
+        self.is_full = not self._num_rows or not limit
+
+    def take(self, record: np.void, partition: int) -> None:
+        """Lay a document into the rows, unless they are full."""
+        if self.is_full:
+            return
+        start, end = 0, int(record["tokens"])
         while start < end:
-            if free < MIN_PIECE + FRAME:
-                if len(rows) == prep.heldout_rows:
-                    record = documents[document]
-                    if start:
-                        dropped[record["language"].decode(), "chars_heldout_remainder"] = (
-                            _chars_of_tokens(record, end - start)
-                        )
-                    return rows, taken + (start > 0)
-                rows.append([])
-                free = prep.seq_len
-            length = min(free - FRAME, end - start)
-            rows[-1].append(Segment(int(document), start, length))
+            if self._free < MIN_PIECE + FRAME:
+                if len(self.rows) == self._num_rows:
+                    self.is_full = True
+                    break
+                self.rows.append([])
+                self._free = self._seq_len
+            length = min(self._free - FRAME, end - start)
+            offset = int(record["offset"]) + start
+            self.rows[-1].append((partition, int(record["language"]), length, offset))
             start += length
-            free -= length + FRAME
-    return [row for row in rows if row], len(available)
+            self._free -= length + FRAME
+        if start:
+            self.taken.append(record.copy())
+            self.remainder = round((end - start) / end * int(record["chars"]))
+        self.is_full |= len(self.taken) == self._limit
 
 
-def _mix(
-    documents: npt.NDArray[np.void],
-    remaining: dict[str, npt.NDArray[np.int64]],
-    smoothing: float,
-    dropped: dict[tuple[str, str], int],
-) -> npt.NDArray[np.int64]:
-    """Documents to train on, some several times: language shares p ~ tokens ** smoothing.
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Which partitions give rows together: consecutive ones, enough for full rows."""
 
-    The corpus keeps its size in tokens: rich languages give up what poor ones are repeated by.
+    bounds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, num_partitions: int, num_tokens: int) -> Groups:
+        """As many groups as the tokens to train on fill, at most one a partition."""
+        number = max(1, min(num_partitions, num_tokens // GROUP_TOKENS))
+        return cls(tuple(num_partitions * group // number for group in range(number + 1)))
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, group: int) -> range:
+        return range(self.bounds[group], self.bounds[group + 1])
+
+
+def rows_path(work: Path, group: int) -> Path:
+    """Where a group's rows are."""
+    return work / f"rows-{group:06d}"
+
+
+def plan_group(
+    files: TokenFiles,
+    partitions: range,
+    path: Path,
+    doses: Mapping[str, Dose],
+    until: Mapping[str, tuple[int, int]],
+    prep: Prep,
+    tokenizer: Tokenizer,
+    seed: int,
+) -> None:
+    """Cut, shuffle and pack a group's documents into the file `path`, unless that is done.
+
+    Raises:
+        RunError: the file cannot be written.
     """
-    tokens = {name: int(documents["tokens"][i].sum()) for name, i in remaining.items() if len(i)}
-    weights = {name: n**smoothing for name, n in tokens.items()}
-    total, total_weight = sum(tokens.values()), sum(weights.values())
-    chosen: list[npt.NDArray[np.int64]] = []
-    for language, n in tokens.items():
-        quota = round(total * weights[language] / total_weight)
-        whole, rest = divmod(quota, n)
-        indices = remaining[language]
-        ends = np.cumsum(documents["tokens"][indices].astype(np.int64))
-        num_rest = int(np.searchsorted(ends, rest, side="right"))
-        if not whole:
-            num_rest = max(num_rest, 1)
-            _count(dropped, documents[indices[num_rest:]], "mixing")
-        chosen += [indices] * whole + [indices[:num_rest]]
-    return np.concatenate(chosen) if chosen else np.empty(0, dtype=np.int64)
+    if path.exists():
+        return
+    counts = Counts()
+    choice = _Choice(files, doses, until)
+    parts = [choice.segments(partition, prep, tokenizer, counts) for partition in partitions]
+    segments = np.concatenate(parts)
+    rng = np.random.Generator(np.random.Philox([seed, partitions.start]))
+    order = rng.permutation(len(segments))
+    rows: list[list[Any]] = []
+    for start in range(0, len(order), WINDOW):
+        window = segments[order[start : start + WINDOW]]
+        rows += _pack_window(window, files, prep.seq_len, tokenizer)
+    packed = Rows.of([rows[i] for i in rng.permutation(len(rows)).tolist()])
+    with write_container(path) as writer:
+        packed.write(writer)
+        writer.facts["counts"] = counts.to_json()
+        writer.facts["tokens"] = _tokens(packed.segments, files.languages)
+        writer.facts["lengths"] = length_histogram(packed.segments, files.languages)
+
+
+def _tokens(segments: npt.NDArray[np.void], languages: Sequence[str]) -> dict[str, int]:
+    totals = np.bincount(segments["language"], weights=segments["length"] + np.uint32(FRAME))
+    return {languages[i]: int(n) for i, n in enumerate(totals.tolist()) if n}
+
+
+def length_histogram(
+    segments: npt.NDArray[np.void], languages: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Language -> the power of two that a segment's tokens reach -> segments."""
+    powers = np.frexp(segments["length"] + np.uint32(FRAME))[1] - 1
+    pairs = collections.Counter(zip(segments["language"].tolist(), powers.tolist(), strict=True))
+    found: dict[str, dict[str, int]] = {}
+    for (language, power), number in sorted(pairs.items()):
+        found.setdefault(languages[language], {})[str(1 << power)] = number
+    return found
+
+
+class _Choice:
+    """Which documents are trained on, and where their copies go."""
+
+    def __init__(
+        self,
+        files: TokenFiles,
+        doses: Mapping[str, Dose],
+        until: Mapping[str, tuple[int, int]],
+    ) -> None:
+        self._files = files
+        names = files.languages
+        none = Dose(0, 0)
+        self._copies = np.array([doses.get(name, none).copies for name in names] or [0])
+        self._draw = np.array([doses.get(name, none).draw for name in names] or [0])
+        nothing = (0, 0)  # no text's digest
+        until_hi, until_lo = zip(*[until.get(name, nothing) for name in names], strict=True)
+        self._hi, self._lo = np.array(until_hi, "<u8"), np.array(until_lo, "<u8")
+        most = int(self._copies.max())
+        self._passes = most + 1
+        self._stride = max(1, len(files) // self._passes)
+
+    def segments(
+        self, partition: int, prep: Prep, tokenizer: Tokenizer, counts: Counts
+    ) -> npt.NDArray[np.void]:
+        """A partition's share of what is trained on; counts its own documents."""
+        parts = []
+        for copy in range(self._passes):
+            source = (partition - copy * self._stride) % len(self._files)
+            records = self._files.documents(source)
+            language = records["language"]
+            hi, lo = self._hi[language], self._lo[language]
+            free = (records["hi"] > hi) | ((records["hi"] == hi) & (records["lo"] > lo))
+            copies = self._copies[language]
+            chosen = free & (
+                (copy < copies) | ((copy == copies) & (draw_of(records) < self._draw[language]))
+            )
+            if copy == 0:
+                self._count(counts, records[chosen], "train")
+                self._count(counts, records[free & ~chosen], "mixing")
+            if chosen.any():
+                ids = self._files.tokens(source)
+                parts.append(_segments(records[chosen], source, ids, prep.seq_len, tokenizer))
+        return np.concatenate([np.zeros(0, SEGMENT), *parts])
+
+    def _count(self, counts: Counts, records: npt.NDArray[np.void], rule: str) -> None:
+        for place in np.unique(records["language"]).tolist():
+            chars = records["chars"][records["language"] == place]
+            counts.drop(self._files.languages[place], rule, int(chars.sum()), len(chars))
+
+
+def _segments(
+    records: npt.NDArray[np.void],
+    partition: int,
+    ids: npt.NDArray[Any],
+    seq_len: int,
+    tokenizer: Tokenizer,
+) -> npt.NDArray[np.void]:
+    """Documents as segments that each fit a row."""
+    is_long = records["tokens"] > seq_len - FRAME
+    whole = records[~is_long]
+    found = np.zeros(len(whole), dtype=SEGMENT)
+    found["partition"], found["language"] = partition, whole["language"]
+    found["length"], found["offset"] = whole["tokens"], whole["offset"]
+    pieces: list[tuple[int, int, int, int]] = []
+    for record in records[is_long]:
+        start, language = int(record["offset"]), int(record["language"])
+        of_document = np.asarray(ids[start : start + int(record["tokens"])])
+        lengths = cut(
+            tokenizer.starts_word[of_document], tokenizer.ends_sentence[of_document], seq_len
+        )
+        for length in lengths:
+            pieces.append((partition, language, length, start))
+            start += length
+    return np.concatenate([found, np.array(pieces, dtype=SEGMENT)])
+
+
+def _pack_window(
+    window: npt.NDArray[np.void], files: TokenFiles, seq_len: int, tokenizer: Tokenizer
+) -> list[list[Any]]:
+    """Rows of SEGMENT fields. What is cut up to fill holes is cut between words where it can be."""
+
+    def shorten(segment: Segment, length: int) -> int:
+        record = window[segment.document]
+        start = int(record["offset"]) + segment.start
+        ids = np.asarray(files.tokens(int(record["partition"]))[start : start + length + 1])
+        return nearest_cut(tokenizer.starts_word[ids], length)
+
+    items = [Segment(i, 0, length) for i, length in enumerate(window["length"].tolist())]
+    partitions, languages = window["partition"].tolist(), window["language"].tolist()
+    offsets = window["offset"].tolist()
+    return [
+        [(partitions[i], languages[i], length, offsets[i] + start) for i, start, length in row]
+        for row in pack(items, seq_len, shorten)
+    ]
 
 
 def block_slices(num_rows: int, prep: Prep) -> list[list[tuple[int, int]]]:
-    """For each shard the row ranges [start, stop) of its blocks; only the last may be short."""
-    blocks = [
-        (start, min(start + prep.rows_per_block, num_rows))
-        for start in range(0, num_rows, prep.rows_per_block)
-    ]
-    return [
-        blocks[i : i + prep.blocks_per_shard] for i in range(0, len(blocks), prep.blocks_per_shard)
-    ]
+    """For each shard the row ranges [start, stop) of its blocks.
 
-
-def balance(sizes: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Items to ranks, largest first to the least loaded: which rank does what changes no output."""
-    shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    loads = [0] * num_ranks
-    for item in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        rank = loads.index(min(loads))
-        shares[rank].append(item)
-        loads[rank] += sizes[item]
-    return shares
+    Only the last block can be short. It has a shard of its own, so that a later generation can
+    take up its rows and leave that shard out.
+    """
+    whole = num_rows // prep.rows_per_block
+    blocks = [(i * prep.rows_per_block, (i + 1) * prep.rows_per_block) for i in range(whole)]
+    shards = [blocks[i : i + prep.blocks_per_shard] for i in range(0, whole, prep.blocks_per_shard)]
+    rest = (whole * prep.rows_per_block, num_rows)
+    return [*shards, [rest]] if rest[0] < rest[1] else shards

@@ -19,7 +19,7 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ import numpy.typing as npt
 from data_prep.command import ConfigError, RunError, one_line
 from data_prep.durable import durable_write, write_durably
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no generations, sources and segment lengths; it is still read
 MANIFEST = "manifest.json"
+EARLIER = "manifests"  # folder of the manifests of earlier generations, by the digests' heads
 _TAR_BLOCK = 512
 
 
@@ -59,6 +60,11 @@ class Shard:
     language: str | None
     blocks: tuple[Block, ...]
 
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any]) -> Shard:
+        """From what `dataclasses.asdict` gave."""
+        return cls(**{**body, "blocks": tuple(Block(**block) for block in body["blocks"])})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -68,13 +74,17 @@ class Manifest:
         settings: digest of inputs and settings, by which a restart knows its own work.
         seq_len: token ids in a row.
         vocab_size: ids that the tokenizer can give.
+        tokenizer: hub id or folder that it was loaded from; empty where it is not known.
         tokenizer_fingerprint: see `tokenizer_fingerprint`.
         special_ids: `cls`, `sep` and `pad`.
         seed: of the shuffle and of the held-out choice.
+        generation: 1, and one more each time that text was added.
         rows: rows to train on, without the held-out ones.
         heldout_rows: rows of each held-out language.
         tokens: tokens to train on of each language, padding excluded.
+        segment_lengths: language -> power of two that a segment's tokens reach -> segments.
         accounting: characters and documents of each language: in, kept, dropped by which rule.
+        sources: digest -> name of each file that the text is from.
         shards: the tars, training ones first.
     """
 
@@ -89,6 +99,15 @@ class Manifest:
     tokens: dict[str, int]
     accounting: dict[str, dict[str, int]]
     shards: tuple[Shard, ...]
+    tokenizer: str = ""
+    generation: int = 1
+    segment_lengths: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """Of all that it says."""
+        return str(json.loads(self.to_json())["digest"])
 
     def to_json(self) -> str:
         """Canonical JSON, with the format version and a digest of all the rest."""
@@ -109,15 +128,12 @@ class Manifest:
             raise RunError(f"{where} is damaged ({error}); {_REMEDY}") from error
         if digest != _digest(body):
             raise RunError(f"{where} is damaged: its digest does not match its content; {_REMEDY}")
-        if (version := body.pop("format_version")) != FORMAT_VERSION:
+        if not 1 <= (version := body.pop("format_version")) <= FORMAT_VERSION:
             raise RunError(
-                f"{where} has format version {version}, this reader knows {FORMAT_VERSION}; read "
+                f"{where} has format version {version}, this reader knows 1 to {FORMAT_VERSION}; read "
                 "it with the release that wrote it, or prepare the shards again"
             )
-        shards = tuple(
-            Shard(**{**shard, "blocks": tuple(Block(**block) for block in shard["blocks"])})
-            for shard in body.pop("shards")
-        )
+        shards = tuple(Shard.from_json(shard) for shard in body.pop("shards"))
         return cls(**body, shards=shards)
 
     def of_language(self, language: str | None) -> tuple[Shard, ...]:
@@ -250,8 +266,33 @@ def parse_block(
 
 
 def publish(folder: Path, manifest: Manifest) -> None:
-    """Write the manifest atomically and durably: from now on the folder is a data set."""
-    write_durably(folder / MANIFEST, manifest.to_json())
+    """Write the manifest atomically and durably: from now on the folder is a data set.
+
+    One that is there already stays beside it, for whoever began with it.
+    """
+    path = folder / MANIFEST
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        before = Manifest.from_json(text, where=str(path))
+        (folder / EARLIER).mkdir(exist_ok=True)
+        write_durably(folder / earlier_manifest(before.digest), text)
+    write_durably(path, manifest.to_json())
+
+
+def earlier_manifest(digest: str) -> str:
+    """Where an earlier generation's manifest lies in the folder of shards."""
+    return f"{EARLIER}/{digest[:16]}.json"
+
+
+def manifests(folder: Path) -> Iterator[Manifest]:
+    """All generations' manifests.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    for path in (folder / MANIFEST, *sorted((folder / EARLIER).glob("*.json"))):
+        if path.exists():
+            yield Manifest.from_json(path.read_text(encoding="utf-8"), where=str(path))
 
 
 class ShardReader:

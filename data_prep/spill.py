@@ -1,89 +1,166 @@
-"""Spills: what is left of an input file once it is read, cleaned and tokenised. One unit a file."""
+"""The first stage: text is read, cleaned and spilled, unit by unit.
+
+A unit's spill has every clean document under its digest, grouped by the digest's high bits: the
+partition that will tokenise it. The digest is keyed with the seed, so that the order of digests is
+a shuffle of the corpus, the same for any order of files.
+"""
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import hashlib
-import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.clean import Cleaner
+from data_prep.command import RunError
 from data_prep.config import Prep
-from data_prep.documents import Counts, Document, read_documents
-from data_prep.durable import durable_write
-from data_prep.pack import Segment
-from data_prep.plan import DOCUMENT
-from data_prep.tokenizer import Tokenizer
+from data_prep.container import Container, ContainerWriter, write_container
+from data_prep.documents import read_raw
+from data_prep.exchange import KEY, partition_of, read_partition, write_run
+from data_prep.sources import Fault, Unit
 
-BATCH_CHARS = 1 << 22  # text tokenised at a time: enough for every core, little memory
+# `language` is a place in the unit's list of them; `bytes` of text are spilled with the record.
+DOCUMENT = np.dtype([*KEY, ("language", "<u2"), ("chars", "<u4"), ("bytes", "<u4")])
+RUN_BYTES = 64 << 20  # of text held before it is written
+MAX_LANGUAGES = 1000
 
 
-def spill(path: Path, unit: int, work: Path, prep: Prep, tokenizer: Tokenizer) -> None:
-    """Tokenise one file into `work`, unless an earlier start has done so.
+class Counts(collections.Counter[tuple[str, str]]):
+    """(language, what) -> number. What is counted: see docs/data_format.md."""
 
-    The unit's .json appears last and says that it is finished.
+    def drop(self, language: str, rule: str, chars: int, documents: int = 1) -> None:
+        """Count documents that a rule takes away."""
+        self[language, f"documents_{rule}"] += documents
+        self[language, f"chars_{rule}"] += chars
+
+    def to_json(self) -> list[tuple[str, str, int]]:
+        """Sorted entries."""
+        return [(*key, number) for key, number in sorted(self.items())]
+
+    @classmethod
+    def from_json(cls, entries: Iterable[tuple[str, str, int]]) -> Counts:
+        """What `to_json` gave."""
+        return cls({(language, what): number for language, what, number in entries})
+
+
+@dataclasses.dataclass(frozen=True)
+class CleanDocument:
+    """A document that stays."""
+
+    language: str
+    text: str
+
+
+def read_documents(
+    unit: Unit, prep: Prep, cleaner: Cleaner, counts: Counts, faults: list[Fault]
+) -> Iterator[CleanDocument]:
+    """The documents of a unit, cleaned, in order; what is dropped is counted under its rule.
 
     Raises:
-        RunError: the file cannot be read to its end, or the spill cannot be written.
+        RunError: something cannot be read, and prep.on_error is `stop`.
     """
-    stem = work / f"unit-{unit:06d}"
-    if stem.with_suffix(".json").exists():
+    for language, text, size in read_raw(unit, prep, faults):
+        counts[language, "documents_in"] += 1
+        counts[language, "chars_in"] += size
+        if text is None:
+            counts.drop(language, "broken", size)
+            continue
+        clean, rule = cleaner(language, text)
+        if clean is None:
+            counts.drop(language, str(rule), size)
+        else:
+            counts[language, "chars_normalised_away"] += size - len(clean)
+            yield CleanDocument(language, clean)
+
+
+def spill_path(work: Path, unit: int) -> Path:
+    """Where a unit's documents are spilled."""
+    return work / f"read-{unit:06d}"
+
+
+def spill(
+    unit: Unit, path: Path, prep: Prep, cleaner: Cleaner, num_partitions: int, seed: int
+) -> None:
+    """Read a unit into the file `path`, unless an earlier start has done so.
+
+    Raises:
+        RunError: the spill cannot be written, or something cannot be read and that is to stop it.
+    """
+    if path.exists():
         return
-    counts = Counts()
-    tables = [np.zeros(0, dtype=DOCUMENT)]
-    offset = 0
-    with durable_write(stem.with_suffix(".tokens")) as stream:
-        for batch in _batches(read_documents(path, prep, counts)):
-            encoded = tokenizer.encode([document.text for document in batch])
-            table = np.zeros(len(batch), dtype=DOCUMENT)
-            for row, (document, ids) in enumerate(zip(batch, encoded, strict=True)):
-                key = hashlib.sha256(document.text.encode()).digest()[:16]
-                num_chars = len(document.text)
-                table[row] = (key, document.language, len(ids), num_chars, unit, offset)
-                offset += len(ids)
-                stream.write(ids.tobytes())
-            tables.append(table)
-    with durable_write(stem.with_suffix(".npy")) as stream:
-        np.save(stream, np.concatenate(tables))
-    with durable_write(stem.with_suffix(".json")) as stream:
-        stream.write(json.dumps([[*key, n] for key, n in sorted(counts.items())]).encode())
+    counts, faults = Counts(), list[Fault]()
+    languages: dict[str, int] = {}
+    documents = read_documents(unit, prep, cleaner, counts, faults)
+    with write_container(path) as writer:
+        records: list[tuple[int, int, int, int, int]] = []
+        texts: list[bytes] = []
+        num_bytes = 0
+        for document in documents:
+            text = document.text.encode()
+            language = languages.setdefault(document.language, len(languages))
+            _check_languages(languages, prep)
+            records.append((*key_of(text, seed), language, len(document.text), len(text)))
+            texts.append(text)
+            num_bytes += len(text)
+            if num_bytes >= RUN_BYTES:
+                _write_run(writer, records, texts, num_partitions)
+                records, texts, num_bytes = [], [], 0
+        _write_run(writer, records, texts, num_partitions)
+        writer.facts["languages"] = list(languages)
+        writer.facts["counts"] = counts.to_json()
+        writer.facts["faults"] = [dataclasses.astuple(fault) for fault in faults]
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        batch.append(document)
-        num_chars += len(document.text)
-        if num_chars >= BATCH_CHARS:
-            yield batch
-            batch, num_chars = [], 0
-    if batch:
-        yield batch
+def key_of(text: bytes, seed: int) -> tuple[int, int]:
+    """The two halves of a text's digest. The second says where it stands in a random draw."""
+    digest = hashlib.blake2b(text, digest_size=16, key=seed.to_bytes(8, "little")).digest()
+    return int.from_bytes(digest[:8], "big"), int.from_bytes(digest[8:], "big")
+
+
+def _write_run(
+    writer: ContainerWriter, records: Sequence[object], texts: list[bytes], num_partitions: int
+) -> None:
+    if records:
+        table = np.array(records, dtype=DOCUMENT)
+        write_run(writer, table, partition_of(table["hi"], num_partitions), num_partitions, texts)
+
+
+def _check_languages(languages: Sequence[str] | dict[str, int], prep: Prep) -> None:
+    if len(languages) > MAX_LANGUAGES:
+        raise RunError(
+            f"prep.lang_key={prep.lang_key!r} names more than {MAX_LANGUAGES} languages (the latest: "
+            f"{list(languages)[-1]!r}), so it is probably not a language; correct the key"
+        )
 
 
 class Spills:
-    """What all units left: every document's record, its tokens by memory map, and the counts."""
+    """All units' spills: what is known of them before their documents are read."""
 
-    def __init__(self, work: Path, num_units: int, dtype: npt.DTypeLike) -> None:
-        stems = [work / f"unit-{unit:06d}" for unit in range(num_units)]
-        self.documents = np.concatenate([np.load(f"{stem}.npy") for stem in stems])
+    def __init__(self, work: Path, num_units: int, prep: Prep) -> None:
+        self.paths = [spill_path(work, unit) for unit in range(num_units)]
         self.counts = Counts()
-        for stem in stems:
-            for language, what, n in json.loads(Path(f"{stem}.json").read_text()):
-                self.counts[language, what] += n
-        self._tokens = [
-            np.memmap(f"{stem}.tokens", dtype=dtype, mode="r")
-            if os.path.getsize(f"{stem}.tokens")
-            else np.zeros(0, dtype=dtype)
-            for stem in stems
-        ]
+        self.faults: list[Fault] = []
+        self._of_unit: list[list[str]] = []
+        for path in self.paths:
+            facts = Container(path).facts
+            self.counts.update(Counts.from_json(facts["counts"]))
+            self.faults += [Fault(*fault) for fault in facts["faults"]]
+            self._of_unit.append(facts["languages"])
+        self.languages = sorted({name for names in self._of_unit for name in names})
+        _check_languages(self.languages, prep)
 
-    def tokens(self, record: np.void, segment: Segment) -> npt.NDArray[Any]:
-        """The ids of a segment's content."""
-        start = int(record["offset"]) + segment.start
-        return self._tokens[int(record["unit"])][start : start + segment.length]
+    def read(self, partition: int) -> tuple[npt.NDArray[np.void], bytes]:
+        """A partition's DOCUMENT records, whose languages are places in `languages`, and texts."""
+        tables, payloads = [np.zeros(0, DOCUMENT)], []
+        for path, names in zip(self.paths, self._of_unit, strict=True):
+            table, payload = read_partition([path], partition, DOCUMENT)
+            places = np.array([self.languages.index(name) for name in names] or [0], dtype="<u2")
+            table["language"] = places[table["language"]]
+            tables.append(table)
+            payloads.append(payload)
+        return np.concatenate(tables), b"".join(payloads)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data_prep.durable import write_durably
 from data_prep.shards import Manifest
 
+FAULTS = "faults.jsonl"
 _DROPPED = {
     "broken": "broken lines",
     "empty": "empty",
+    "short": "short",
+    "repetitive": "repetitive",
+    "language": "in another language",
+    "excluded": "evaluation text",
     "duplicate": "duplicate",
+    "near_duplicate": "near duplicates",
+    "duplicate_line": "of repeated lines",
     "no_tokens": "without tokens",
     "mixing": "left out by the language mix",
 }
@@ -35,6 +49,27 @@ def summary_table(manifest: Manifest, seconds: float) -> str:
         if documents:
             lines.append(f"dropped: {documents:,} documents, {chars:,} characters: {meaning}")
     return "\n".join(lines)
+
+
+def write_faults(folder: Path, faults: Sequence[Sequence[Any]]) -> None:
+    """List what cannot be read beside the shards, and warn of it; nothing where all can be.
+
+    Args:
+        folder: of the shards.
+        faults: url, offset, reason and bytes of each.
+    """
+    if not faults:
+        return
+    path = folder / FAULTS
+    names = ("url", "offset", "reason", "bytes")
+    lines = [json.dumps(dict(zip(names, fault, strict=True))) for fault in faults]
+    write_durably(path, "\n".join(lines) + "\n")
+    url, offset, reason, _ = faults[0]
+    print(
+        f"warning: {len(faults)} places cannot be read and are left out; {path} lists them, the "
+        f"first is {url} at {offset}: {reason}",
+        file=sys.stderr,
+    )
 
 
 def heldout_warning(manifest: Manifest, wanted: int) -> str | None:

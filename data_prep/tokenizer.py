@@ -53,6 +53,9 @@ class Tokenizer:
         self.vocab_size = max(loaded.get_vocab().values()) + 1  # ids may have gaps
         self.dtype = id_dtype(self.vocab_size)
         self.fingerprint = tokenizer_fingerprint(loaded)
+        v = loaded.convert_ids_to_tokens(list(range(self.vocab_size)))
+        self.starts_word = np.array([str(t).startswith("▁") for t in v])
+        self.ends_sentence = np.array([str(t)[-1:] in ".!?。！？।۔؟" for t in v])
         self._backend = loaded.backend_tokenizer
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -60,4 +63,7 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[npt.NDArray[Any]]:
         """The ids of each text, without special tokens around it."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+        lengths = np.array([len(e.ids) for e in encodings], dtype=np.int64)
+        return np.concatenate(
+            [np.zeros(0, self.dtype), *[np.array(e.ids, dtype=self.dtype) for e in encodings]]
+        ), lengths

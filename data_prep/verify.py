@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.command import EXIT_FAILED, EXIT_FINISHED, ConfigError, RunError, run_command
-from data_prep.shards import MANIFEST, Manifest, Shard, id_dtype, parse_block
+from data_prep.shards import MANIFEST, Manifest, Shard, id_dtype, manifests, parse_block
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +58,7 @@ def find_faults(folder: Path) -> Iterator[str]:
         yield f"{where}: the shards' rows do not add up to its rows and heldout_rows"
     if dict(tokens) != manifest.tokens:
         yield f"{where}: the blocks' tokens do not add up to its tokens"
-    named = {shard.name for shard in manifest.shards}
+    named = {shard.name for generation in manifests(folder) for shard in generation.shards}
     for path in sorted(folder.glob("*.tar*")):
         if path.name not in named:
             yield f"{path}: not in the manifest, but whoever reads *.tar would read it"

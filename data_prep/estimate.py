@@ -1,0 +1,132 @@
+"""What a preparation will need and give, before the long work starts: from samples of the text."""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import math
+import random
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.clean import Cleaner
+from data_prep.command import RunError
+from data_prep.config import Prep
+from data_prep.mixing import mix_table
+from data_prep.sources import Source, Unit, split
+from data_prep.spill import Counts, read_documents
+from data_prep.tokenizer import Tokenizer
+from data_prep.tokens import framed
+
+SAMPLES = 16  # of each format and language, at most
+SAMPLE_BYTES = 1 << 20
+_COMPRESS: dict[str | None, Callable[[bytes], bytes]] = {
+    "xz": lzma.compress,
+    "bz2": bz2.compress,
+}  # the other kinds compress about as zlib does
+
+
+def disk_needed(text_bytes: int, id_bytes: int) -> int:
+    """Bytes that a preparation writes at its fullest moment, about.
+
+    First the clean text and its ids are there together, then the ids and the shards. An id stands
+    for about four bytes of text.
+    """
+    ids = text_bytes * id_bytes // 4
+    return max(text_bytes + ids, 2 * ids)
+
+
+def check_disk(folder: Path, text_bytes: int, tokenizer: Tokenizer) -> None:
+    """Say how much disk space is needed, and refuse to begin where there is less.
+
+    Raises:
+        RunError: the folder's file system has less free.
+    """
+    needed = disk_needed(text_bytes, np.dtype(tokenizer.dtype).itemsize)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"prep.output_dir={folder} has {free / 1e9:.1f} GB free and about {needed / 1e9:.1f} GB "
+            "are needed, so the disk would be full before the end; name a larger one"
+        )
+
+
+def estimate_table(sources: list[Source], prep: Prep, tokenizer: Tokenizer, seed: int) -> str:
+    """Tokens and language mix, estimated from samples, and the disk space needed, for people.
+
+    Duplicates are not seen in samples, so less may be left.
+
+    Raises:
+        ConfigError: as `mix_table`.
+        RunError: a sample cannot be read.
+    """
+    cleaner = Cleaner(prep)
+    random_ = random.Random(seed)
+    groups: dict[str, list[Unit]] = {}
+    for source in sources:
+        stem = source.name.split(".")[0]
+        groups.setdefault(f"{stem}.{source.format}.{source.compression}", []).extend(
+            split(source, SAMPLE_BYTES)
+        )
+    means: dict[str, float] = {}
+    variances: dict[str, float] = {}
+    text = 0.0
+    for units in groups.values():
+        total = sum(unit.bytes for unit in units)
+        chosen = random_.sample(units, min(SAMPLES, len(units)))
+        rates: list[dict[str, float]] = []
+        for unit in chosen:
+            sampled, tokens, size = _sample(unit, prep, cleaner, tokenizer)
+            rates.append({name: n / sampled for name, n in tokens.items()} if sampled else {})
+            text += total / len(chosen) * (size / sampled if sampled else 0)
+        for name in {name for rate in rates for name in rate}:
+            values = [rate.get(name, 0.0) for rate in rates]
+            means[name] = means.get(name, 0.0) + total * float(np.mean(values))
+            share = 1 - len(chosen) / len(units)  # nothing is uncertain where all was read
+            whole = all(unit.bytes <= SAMPLE_BYTES for unit in chosen)
+            spread = float(np.var(values, ddof=1)) if len(values) > 1 else (values[0] / 2) ** 2
+            if whole:
+                spread *= share
+            variances[name] = variances.get(name, 0.0) + total**2 * spread / len(values)
+    errors = {name: math.sqrt(variances[name]) / means[name] for name in means}
+    needed = disk_needed(round(text), np.dtype(tokenizer.dtype).itemsize)
+    return (
+        f"{mix_table(means, prep, errors)}\nestimated from samples, one standard error; "
+        f"about {text / 1e9:.2f} GB of text; {needed / 1e9:.2f} GB of disk space are needed"
+    )
+
+
+def _sample(
+    unit: Unit, prep: Prep, cleaner: Cleaner, tokenizer: Tokenizer
+) -> tuple[float, dict[str, int], int]:
+    """Bytes of the input that a sample stands for, framed tokens of each language, bytes of text."""
+    texts: dict[str, list[str]] = {}
+    size = 0
+    for document in _some(read_documents(unit, prep, cleaner, Counts(), [])):
+        texts.setdefault(document.language, []).append(document.text)
+        size += len(document.text.encode())
+    tokens = {
+        name: int(framed(tokenizer.encode(of_language)[1], prep.seq_len).sum())
+        for name, of_language in texts.items()
+    }
+    if size < SAMPLE_BYTES:
+        return unit.bytes, tokens, size
+    joined = "\n".join(text for of_language in texts.values() for text in of_language).encode()
+    if unit.source.compression is None:
+        return min(unit.bytes, size), tokens, size
+    compress = _COMPRESS.get(unit.source.compression, zlib.compress)
+    return len(compress(joined)), tokens, size
+
+
+def _some(documents: Iterator[object]) -> Iterator[object]:
+    """The first documents, until there is a sample's worth of text."""
+    size = 0
+    for document in documents:
+        yield document
+        size += len(document.text.encode())
+        if size >= SAMPLE_BYTES:
+            return
