@@ -242,17 +242,22 @@ def _prepare(job: _Job) -> Callable[[], Manifest]:
     groups = Groups.of(len(files), mix["tokens"])
     packed = _pack(job, files, groups, mix)
     rows = [rows_path(job.work, group) for group in range(len(groups))]
+    ids = files
     if job.base is not None and job.base.short is not None:
         carried = (job.work / "carried-tokens", job.work / "carried-rows")
         on_rank_0(
             job.ranks, lambda: carry_rows(job.folder, job.base, *carried, languages, len(paths))
         )
-        files = each(job.ranks, lambda: TokenFiles([*paths, carried[0]], languages))
+        ids = each(job.ranks, lambda: TokenFiles([*paths, carried[0]], languages))
         rows = [carried[1], *rows]
-    tasks = _write(job, files, each(job.ranks, lambda: RowFiles(rows)), mix["heldout_rows"])
-    parts = [read, {"counts": files.counts().to_json()}, mix, *packed]
+    tasks = _write(job, ids, each(job.ranks, lambda: RowFiles(rows)), mix["heldout_rows"])
     on_rank_0(job.ranks, lambda: write_faults(job.folder, read["faults"]))
-    return lambda: _manifest(job, parts, [task.description(job.work) for task in tasks])
+
+    def make_manifest() -> Manifest:
+        parts = [read, {"counts": files.counts().to_json()}, mix, *packed]
+        return _manifest(job, parts, [task.description(job.work) for task in tasks])
+
+    return make_manifest
 
 
 def _read(job: _Job, units: Sequence[Unit]) -> Any:

@@ -73,10 +73,10 @@ def small_prep(demo_text: str, teacher_dir: Path) -> Prep:
 def prepare(small_prep: Prep, tmp_path: Path) -> Callable[..., tuple[Path, Manifest]]:
     """Prepares in this process, as one rank; returns the folder and its manifest."""
 
-    def run(*, seed: int = 1, **changes: Any) -> tuple[Path, Manifest]:
+    def run(*, seed: int = 1, append: bool = False, **changes: Any) -> tuple[Path, Manifest]:
         changes.setdefault("output_dir", str(tmp_path / "shards"))
         recipe = PrepRecipe(seed=seed, prep=dataclasses.replace(small_prep, **changes))
-        build(recipe, OneRank())
+        build(recipe, OneRank(), append=append)
         return read_manifest(Path(changes["output_dir"]))
 
     return run
