@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, Literal
 
 from data_prep.command import ConfigError
 
@@ -26,6 +26,7 @@ class Prep:
         heldout_rows: rows of each language set apart for the held-out loss; 0 is none.
         rows_per_block: rows in one WebDataset sample, the unit that training shuffles.
         blocks_per_shard: samples in one tar file.
+        on_error: "report" counts what cannot be read as broken and goes on; "stop" fails.
     """
 
     input: list[str] = dataclasses.field(default_factory=list)
@@ -38,6 +39,7 @@ class Prep:
     heldout_rows: int = 0
     rows_per_block: int = 256
     blocks_per_shard: int = 256
+    on_error: Literal["report", "stop"] = "report"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
