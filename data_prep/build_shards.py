@@ -275,6 +275,7 @@ def _read(job: _Job, units: Sequence[Unit]) -> Any:
             "counts": spills.counts.to_json(),
             "languages": spills.languages,
             "faults": faults,
+            "excluded_by": spills.excluded_by,
         }
 
     return job.stage("read", [unit.bytes for unit in units], read, summarise)
