@@ -331,8 +331,9 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
         tokens = {name: int(of_draw.sum()) for name, of_draw in draws.items() if of_draw.any()}
         if not tokens:
             raise ConfigError(
-                f"prep.input holds no text that could be trained on ({sum(there.values())} documents "
-                f"with text under prep.text_key={job.prep.text_key!r}); correct the key or the globs"
+                f"prep.input holds no text that could be trained on ({sum(there.values())} "
+                f"documents with text under prep.text_key={job.prep.text_key!r}); correct the key "
+                "or the globs"
             )
         print(mix_table(tokens, job.prep, None), flush=True)
         return {

@@ -145,12 +145,13 @@ def check_prep(prep: Prep) -> None:
     for language, weight in (prep.weights or {}).items():
         if not 0.0 <= weight < math.inf:
             raise ConfigError(
-                f"prep.weights.{language}={weight} is no factor on a share; use 0 (none of it) or more"
+                f"prep.weights.{language}={weight} is no factor on a share; use 0 (none of it) or "
+                "more"
             )
     if prep.max_tokens is not None and prep.max_tokens < prep.seq_len:
         raise ConfigError(
-            f"prep.max_tokens={prep.max_tokens} does not fill a row of prep.seq_len={prep.seq_len}; "
-            "use more, or null for as many as the text has"
+            f"prep.max_tokens={prep.max_tokens} does not fill a row of prep.seq_len="
+            f"{prep.seq_len}; use more, or null for as many as the text has"
         )
     if not 0.0 <= prep.max_repetition <= 1.0:
         raise ConfigError(

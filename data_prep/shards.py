@@ -130,8 +130,8 @@ class Manifest:
             raise RunError(f"{where} is damaged: its digest does not match its content; {_REMEDY}")
         if not 1 <= (version := body.pop("format_version")) <= FORMAT_VERSION:
             raise RunError(
-                f"{where} has format version {version}, this reader knows 1 to {FORMAT_VERSION}; read "
-                "it with the release that wrote it, or prepare the shards again"
+                f"{where} has format version {version}, this reader knows 1 to {FORMAT_VERSION}; "
+                "read it with the release that wrote it, or prepare the shards again"
             )
         shards = tuple(Shard.from_json(shard) for shard in body.pop("shards"))
         return cls(**body, shards=shards)

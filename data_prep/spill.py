@@ -135,8 +135,8 @@ def _write_run(
 def _check_languages(languages: Sequence[str] | dict[str, int], prep: Prep) -> None:
     if len(languages) > MAX_LANGUAGES:
         raise RunError(
-            f"prep.lang_key={prep.lang_key!r} names more than {MAX_LANGUAGES} languages (the latest: "
-            f"{list(languages)[-1]!r}), so it is probably not a language; correct the key"
+            f"prep.lang_key={prep.lang_key!r} names more than {MAX_LANGUAGES} languages (the "
+            f"latest: {list(languages)[-1]!r}), so it is probably not a language; correct the key"
         )
 
 
