@@ -197,13 +197,13 @@ def _starts_word(
     ids: Mapping[str, int], content: Mapping[str, Any], vocab_size: int
 ) -> npt.NDArray[np.bool_]:
     """Which ids begin a word, by the mark that pieces of the vocabulary bear."""
-    prefix = content["model"].get("continuing_subword_prefix")
+    prefix, marks = content["model"].get("continuing_subword_prefix"), _marks(content)
     flags = np.zeros(vocab_size, np.bool_)
     for piece, id_ in ids.items():
         if prefix:
             flags[id_] = not piece.startswith(prefix)
         else:
-            flags[id_] = piece.startswith(_marks(content))
+            flags[id_] = piece.startswith(marks)
     return flags
 
 
