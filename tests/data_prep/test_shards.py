@@ -2,27 +2,34 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
+import tenacity
 
+from data_prep.block_cache import BlockCache
 from data_prep.command import ConfigError, RunError
 from data_prep.shards import (
     Manifest,
     ShardReader,
     describe_tar,
+    generation,
     id_dtype,
     parse_block,
     publish,
     write_tar,
 )
+from data_prep.storage import Storage
+from tests.data_prep.flaky_http import flaky_server
 
 
 @pytest.fixture
@@ -165,6 +172,227 @@ def test_damage_in_a_block_is_named_when_it_is_read(copy: Path) -> None:
     path.unlink()
     with pytest.raises(RunError, match="cannot be read"):
         reader.read_block(0)
+
+
+# Which manifest
+
+
+@pytest.fixture
+def generations(copy: Path) -> tuple[Path, Manifest, Manifest]:
+    """A folder whose manifest was replaced by one of fewer shards, and the older and newer one."""
+    older = ShardReader(str(copy))
+    newer = dataclasses.replace(older.manifest, shards=older.manifest.shards[1:], rows=7)
+    kept = copy / generation(older.digest)
+    kept.parent.mkdir()
+    kept.write_bytes((copy / "manifest.json").read_bytes())
+    publish(copy, newer)
+    return copy, older.manifest, newer
+
+
+def test_a_reader_keeps_to_the_manifest_of_its_digest(
+    generations: tuple[Path, Manifest, Manifest],
+) -> None:
+    folder, older, newer = generations
+    digests = {name: json.loads(m.to_json())["digest"] for name, m in (("o", older), ("n", newer))}
+    assert generation(digests["o"]) == f"manifests/{digests['o'][:16]}.json"
+    for digest, manifest in ((None, newer), (digests["n"], newer), (digests["o"], older)):
+        reader = ShardReader(str(folder), digest)
+        assert reader.manifest == manifest
+        assert reader.digest == json.loads(manifest.to_json())["digest"]
+
+
+def test_a_digest_that_the_folder_does_not_have_is_refused(
+    generations: tuple[Path, Manifest, Manifest],
+) -> None:
+    with pytest.raises(ConfigError, match=r"holds other shards.*\(abababababababab\).*--allow_ch"):
+        ShardReader(str(generations[0]), "ab" * 32)
+
+
+def test_an_older_manifest_is_checked_like_the_newest(
+    generations: tuple[Path, Manifest, Manifest],
+) -> None:
+    folder, older, newer = generations
+    digest = json.loads(older.to_json())["digest"]
+    (folder / generation(digest)).write_text(newer.to_json())
+    with pytest.raises(RunError, match=r"manifests/.* is the manifest of "):
+        ShardReader(str(folder), digest)
+    (folder / generation(digest)).write_text(older.to_json().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(RunError, match=r"manifests/.* is damaged: its digest"):
+        ShardReader(str(folder), digest)
+
+
+# When blocks are checked, and which are kept
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("verify", "fails"), [("first_read", [1]), ("always", [0, 1]), ("never", [])]
+)
+def test_blocks_are_checked_when_they_should_be(copy: Path, verify: Any, fails: list[int]) -> None:
+    """Block 0 was read before it was damaged, block 1 was not."""
+    reader = ShardReader(str(copy), verify=verify)
+    whole = [reader.read_block(0), ShardReader(str(copy)).read_block(1)]
+    for index in (0, 1):
+        ids, block = whole[index][0], reader.blocks()[index]
+        data = (copy / "train-000000.tar").read_bytes()
+        flip(copy / "train-000000.tar", data.index(ids.tobytes(), block.offset) + 10)
+    for index in (0, 1):
+        if index in fails:
+            for _ in range(2):  # damage that was found does not count as checked
+                with pytest.raises(RunError, match="its CRC does not match"):
+                    reader.read_block(index)
+        else:
+            assert (reader.read_block(index)[0] != whole[index][0]).sum() == 1
+
+
+def test_a_block_that_ends_early_is_never_taken(copy: Path) -> None:
+    reader = ShardReader(str(copy), verify="never")
+    path = copy / reader.manifest.shards[0].name
+    path.write_bytes(path.read_bytes()[: reader.blocks()[0].bytes - 1])
+    with pytest.raises(RunError, match=r"block at byte 0 is damaged: it has \d+ bytes"):
+        reader.read_block(0)
+
+
+class Reads:
+    """Counts the ranged reads of a reader's storage."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = Storage.read
+        self.ranges: list[tuple[str, int | None]] = []
+
+        def read(storage: Storage, name: str, start: int | None = None, *rest: Any) -> bytes:
+            if start is not None:
+                self.ranges.append((name, start))
+            return plain(storage, name, start, *rest)
+
+        monkeypatch.setattr(Storage, "read", read)
+
+
+@pytest.mark.parametrize("verify", ["first_read", "always", "never"])
+def test_a_block_is_fetched_once_by_all_who_share_a_cache(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: Any
+) -> None:
+    reads, cache = Reads(monkeypatch), BlockCache(tmp_path / "cache", 10**9)
+    plain = ShardReader(str(copy))
+    expected = [plain.read_sample(index) for index in range(len(plain.blocks()))]
+    reads.ranges.clear()
+    for number in range(3):
+        moved = Path(shutil.copytree(copy, tmp_path / f"moved-{number}"))  # the content counts
+        reader = ShardReader(str(moved), verify=verify, cache=cache)
+        for index, sample in enumerate(expected):
+            got = reader.read_sample(index)
+            np.testing.assert_array_equal(got[0], sample[0])
+            np.testing.assert_array_equal(got[1], sample[1])
+            assert got[2] == sample[2]
+    assert len(reads.ranges) == len(set(reads.ranges)) == len(expected)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def alter(path: Path) -> None:
+    flip(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [shorten, alter, empty, remove])
+def test_a_damaged_cached_block_is_fetched_again(
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+) -> None:
+    cache = BlockCache(tmp_path / "cache", 10**9)
+    expected = ShardReader(str(copy), cache=cache).read_block(0)[0]
+    (kept,) = (tmp_path / "cache").glob("*.block")
+    whole = kept.read_bytes()
+    damage(kept)
+    reads = Reads(monkeypatch)
+    np.testing.assert_array_equal(ShardReader(str(copy), cache=cache).read_block(0)[0], expected)
+    assert len(reads.ranges) == 1
+    assert kept.read_bytes() == whole
+
+
+def test_a_damaged_block_is_not_kept(copy: Path, tmp_path: Path) -> None:
+    reader = ShardReader(str(copy), cache=BlockCache(tmp_path / "cache", 10**9))
+    flip(copy / "train-000000.tar", reader.blocks()[0].bytes // 2)
+    with pytest.raises(RunError, match="its CRC does not match"):
+        reader.read_block(0)
+    assert not list((tmp_path / "cache").glob("*.block"))
+
+
+# Remote shards
+
+
+def assert_reads_alike(remote: ShardReader, folder: Path) -> None:
+    """All blocks, one by one and by several threads at once."""
+    local = ShardReader(str(folder))
+    assert remote.is_remote
+    assert not local.is_remote
+    assert (remote.manifest, remote.digest) == (local.manifest, local.digest)
+    names = [
+        (i, x) for x in (None, *local.manifest.heldout_rows) for i in range(len(local.blocks(x)))
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        got = pool.map(lambda name: remote.read_sample(name[0], language=name[1]), names)
+        for (index, language), sample in zip(names, got, strict=True):
+            expected = local.read_sample(index, language=language)
+            np.testing.assert_array_equal(sample[0], expected[0])
+            np.testing.assert_array_equal(sample[1], expected[1])
+            assert sample[2] == expected[2]
+
+
+def test_shards_are_read_over_http_that_fails(
+    prepared: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
+    draw = random.Random(3)
+    with flaky_server(prepared[0]) as server:
+        server.faults = [
+            draw.choice(["500", "cut", "short", "drop", *[""] * 8]) for _ in range(150)
+        ]
+        assert_reads_alike(ShardReader(server.url), prepared[0])
+
+
+@pytest.fixture
+def s3(prepared: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 server with the shards in s3://bucket/shards; gives a client of it."""
+    server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    files = pytest.importorskip("s3fs").S3FileSystem(skip_instance_cache=True)
+    files.mkdir("bucket")
+    files.put(str(prepared[0]), "bucket/shards", recursive=True)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    yield files
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    server.stop()
+
+
+def test_shards_are_read_from_s3(s3: Any, prepared: tuple[Path, Manifest], tmp_path: Path) -> None:
+    assert_reads_alike(ShardReader("s3://bucket/shards"), prepared[0])
+    cached = ShardReader("s3://bucket/shards/", cache=BlockCache(tmp_path, 10**9))
+    assert_reads_alike(cached, prepared[0])
+    s3.rm("bucket/shards/train-000000.tar")
+    with pytest.raises(RunError, match="is missing"):  # a listing is not taken from memory
+        ShardReader("s3://bucket/shards")
+    with pytest.raises(ConfigError, match=r"s3://bucket/nothing has no manifest\.json"):
+        ShardReader("s3://bucket/nothing")
+    with pytest.raises(ConfigError, match=r"s3://no-bucket/x has no manifest\.json"):
+        ShardReader("s3://no-bucket/x")
+    assert_reads_alike(cached, prepared[0])  # blocks were kept
 
 
 def test_a_manifest_survives_its_json(prepared: tuple[Path, Manifest]) -> None:
