@@ -61,3 +61,8 @@ class Tokenizer:
         """The ids of each text, without special tokens around it."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=self.dtype) for encoding in encodings]
+
+    def decode(self, ids: npt.NDArray[Any]) -> str:
+        """The text of ids [length], without the frame and other special tokens."""
+        text: str = self._backend.decode(ids.tolist(), skip_special_tokens=True)
+        return text
