@@ -142,6 +142,11 @@ class Tokenizer:
         ids, lengths = encode(texts)
         return ids.astype(self.dtype, copy=False), lengths
 
+    def decode(self, ids: npt.NDArray[Any]) -> str:
+        """The text of ids [length], without the frame and other special tokens."""
+        text: str = self._backend.decode(ids.tolist(), skip_special_tokens=True)
+        return text
+
     def _encode_slowly(
         self, texts: Sequence[str]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:

@@ -189,7 +189,8 @@ def _without_lines(
 def framed(tokens: npt.NDArray[Any], seq_len: int) -> npt.NDArray[np.int64]:
     """Tokens of documents once they are cut to rows and each piece has its frame."""
     tokens = tokens.astype(np.int64)
-    return tokens + FRAME * -(-tokens // (seq_len - FRAME))
+    num_pieces: npt.NDArray[np.int64] = -(-tokens // (seq_len - FRAME))
+    return tokens + FRAME * num_pieces
 
 
 def draw_of(records: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:

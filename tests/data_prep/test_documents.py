@@ -388,7 +388,9 @@ def test_csv_by_the_standard_librarys_reader(tmp_path: Path) -> None:
             path.write_bytes(compress(b"\xef\xbb\xbf" + stream.getvalue().encode()))
             raws, faults = read(path, unit_bytes=10)
             languages = ["sw", "en", "hi", "und"]
-            expected = [Raw(lg, row[1], len(row[1])) for lg, row in zip(languages, rows)]
+            expected = [
+                Raw(lg, row[1], len(row[1])) for lg, row in zip(languages, rows, strict=False)
+            ]
             assert raws == expected
             assert faults == []
 
@@ -477,7 +479,8 @@ def test_tables_in_units_of_any_size(tmp_path: Path, kind, format: str) -> None:
             writer.write_table(table, max_chunksize=90)
     names = ["sw", "en", "en", "und", "hi"] * 200
     expected = [
-        Raw(lg, t, len(t)) if t is not None else Raw("en", None, 0) for lg, t in zip(names, texts)
+        Raw(lg, t, len(t)) if t is not None else Raw("en", None, 0)
+        for lg, t in zip(names, texts, strict=False)
     ]
     (source,) = find_sources([str(path)])
     for unit_bytes in (1, 5000, WHOLE):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from data_prep import build_shards
 from data_prep.command import ConfigError
-from data_prep.shards import Manifest, ShardReader, earlier_manifest
+from data_prep.shards import Manifest, ShardReader, generation
 from data_prep.verify import find_faults
 
 Prepare = Callable[..., tuple[Path, Manifest]]
@@ -35,7 +36,7 @@ def contents(folder: Path, language: str | None = None) -> Iterator[tuple[int, .
     for index in range(len(reader.blocks(language))):
         input_ids, cu_seqlens = reader.read_block(index, language=language)
         flat, bounds = input_ids.reshape(-1).tolist(), cu_seqlens.tolist()
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             if flat[start] != pad:
                 yield tuple(flat[start + 1 : stop - 1])
 
@@ -88,7 +89,7 @@ def test_earlier_shards_stay_as_they_are(append, digests) -> None:
     _, manifest = append(records(300, 500))
     new = digests(folder)
     assert {name: new[name] for name in old if name != "manifest.json"}.items() <= old.items()
-    assert new[earlier_manifest(before.digest)] == old["manifest.json"]
+    assert new[generation(before.digest)] == old["manifest.json"]
     whole = [s for s in before.shards if s.language or s.blocks[-1].rows == 8]
     assert set(whole) < set(manifest.shards)
     sizes = [b.rows for s in manifest.of_language(None) for b in s.blocks]
@@ -113,7 +114,7 @@ def test_an_earlier_generation_can_be_read_on(append, tmp_path: Path) -> None:
     copy.mkdir()
     for shard in before.shards:
         (copy / shard.name).symlink_to(folder / shard.name)
-    (copy / "manifest.json").symlink_to(folder / earlier_manifest(before.digest))
+    (copy / "manifest.json").symlink_to(folder / generation(before.digest))
     assert list(contents(copy)) == earlier
 
 
@@ -168,7 +169,9 @@ def test_interrupted_and_started_again(append, prepare, tmp_path, digests, monke
 
 
 def test_without_shards_there_is_nothing_to_append_to(prepare, tmp_path) -> None:
-    with pytest.raises(ConfigError, match="has no manifest.json, so there is nothing to append to"):
+    with pytest.raises(
+        ConfigError, match=r"has no manifest\.json, so there is nothing to append to"
+    ):
         prepare(append=True)
 
 
