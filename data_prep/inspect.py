@@ -292,7 +292,7 @@ def _dropped(manifest: Manifest) -> dict[str, tuple[int, int]]:
         for key, value in counts.items():
             what, _, rule = key.partition("_")
             (documents if what == "documents" else chars)[rule] += value
-    rules = sorted({*documents, *chars} - set(_KEPT))
+    rules = sorted({*+documents, *+chars, *-chars} - set(_KEPT))  # without those that never applied
     return {rule: (documents[rule], chars[rule]) for rule in rules}
 
 
@@ -302,7 +302,7 @@ def table(findings: Findings) -> str:
     lines = [
         f"{findings.url}: {manifest.rows:,} rows of {manifest.seq_len} tokens in "
         f"{len(manifest.shards):,} shards, {findings.fill:.2%} full; {findings.extent}",
-        f"lengths: shares of segments of up to {', '.join(map(str, findings.bins))} tokens",
+        f"lengths: a bar for segments of up to each of {', '.join(map(str, findings.bins))} tokens",
         "",
         f"{'language':<10}{'documents':>12}{'tokens':>16}{'share':>8}{'held-out rows':>15}"
         f"{'segments':>12}{'mean':>7}{'repeated':>10}  lengths",

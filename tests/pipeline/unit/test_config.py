@@ -99,6 +99,8 @@ BAD_OVERRIDES = [
     ("--train.learning_rate=.inf", ["train.learning_rate=inf", "above 0"]),
     ("--train.learning_rate=.nan", ["train.learning_rate=nan", "above 0"]),
     ("--train.max_grad_norm=0", ["train.max_grad_norm=0", "above 0"]),
+    ("--data.cache_gb=0", ["data.cache_gb=0", "above 0"]),
+    ("--data.verify=sometimes", ["data.verify", "sometimes", "first_read"]),
     ("--train.adam_eps=0", ["train.adam_eps=0", "above 0"]),
     # Shares
     ("--train.adam_betas=[0.9,1.0]", ["train.adam_betas[1]=1.0", "0 <= x < 1"]),
