@@ -133,7 +133,7 @@ def repetition(text: str) -> float:
 
 
 class LanguageCheck:
-    """Whether a document is surely in another language than its label says, by CLD2."""
+    """Whether a document is in another language than its label says, by CLD2."""
 
     def __init__(self) -> None:
         """Load the detector.
@@ -165,23 +165,22 @@ class LanguageCheck:
             text: a cleaned document.
 
         Returns:
-            True only if the detector is sure of another language for most of the text. Never for a
-            label that the detector does not know, such as und, nor for a text of fewer than
-            JUDGED_CHARS characters.
+            True only if the detector finds DETECTED_PERCENT of the text's middle in one other
+            language. Never for a label that the detector does not know, such as und, nor for a
+            text of fewer than JUDGED_CHARS characters.
         """
         label = self._code(language)
         if label not in self._known or len(text) < JUDGED_CHARS:
             return False
         begin = max(0, len(text) - DETECTED_CHARS) // 2
         try:
-            is_sure, _, found = self._cld2.detect(text[begin : begin + DETECTED_CHARS])
+            _, _, found = self._cld2.detect(text[begin : begin + DETECTED_CHARS])
         except self._cld2.error:  # its way of saying that it does not know a character
             return False
         _, name, percent, _ = found[0]
         detected = self._code(name)
         return (
-            is_sure
-            and percent >= DETECTED_PERCENT
+            percent >= DETECTED_PERCENT
             and detected in self._known
             and detected != label
             and not any({label, detected} <= group for group in _NOT_TOLD_APART)

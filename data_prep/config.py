@@ -31,7 +31,7 @@ class Prep:
         min_chars: shorter documents are dropped; 1 drops none.
         max_repetition: documents that repeat themselves more are dropped, see
             `data_prep.clean.repetition`; 1 drops none.
-        check_language: drop documents that are surely in another language than their label says.
+        check_language: drop documents that are in another language than their label says.
         dedup_lines: drop lines that stand in the corpus before.
         near_duplicates: Jaccard similarity from which documents count as the same; null is none.
         exclude: globs of evaluation files, whose text must not be trained on.

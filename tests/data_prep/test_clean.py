@@ -88,7 +88,8 @@ def test_repetition_spans_0_to_1() -> None:
     numbers = " ".join(map(str, range(2000)))
     assert repetition("") == repetition("a" * 32) == 0
     assert repetition(numbers) == repeated_share(numbers) < 0.01
-    assert repetition(numbers + "\n" + numbers) == repetition(numbers + " " + numbers)
+    spaced = f"{numbers} {numbers} {numbers}"
+    assert repetition(f"{numbers} {numbers}\n{numbers}") == repetition(spaced)
     assert 0.49 < repetition(numbers + " " + numbers) < 0.51
     assert repetition("漢" * 10_000) > 0.999
     assert repetition("buy now! " * 1000) > 0.99

@@ -31,6 +31,10 @@ def overlap(tmp_path: Path, text: str, ngram: int = 13) -> Overlap:
     return Overlap([str(tmp_path / "eval.txt")], ngram)
 
 
+def test_words_of_one_letter_are_words(tmp_path: Path) -> None:
+    assert overlap(tmp_path, "a b c d e f g h i j k l m").matches("A b c d e f g h i j k l m n")
+
+
 @pytest.mark.parametrize("at", [0, 1, 50, 87])
 def test_any_thirteen_words_in_a_row_match(tmp_path: Path, at: int) -> None:
     known = overlap(tmp_path, " ".join(WORDS))
@@ -83,6 +87,8 @@ SQUAD = {"data": [{"paragraphs": [{"context": "no", "qas": [{"question": SENTENC
 WRITERS: dict[str, Callable[[Path], object]] = {
     "a.json": lambda path: path.write_text(json.dumps(SQUAD)),
     "a.json.gz": lambda path: path.write_bytes(gzip.compress(json.dumps(SQUAD).encode())),
+    "b.json": lambda path: path.write_text("\ufeff" + json.dumps([SENTENCE]), "utf-8"),
+    "b.csv": lambda path: write_csv(path, ["a long field, " * 10_000, SENTENCE]),
     "a.jsonl": lambda path: path.write_text(f'{{"n": 1}}\n\n{json.dumps({"q": [SENTENCE]})}\n'),
     "a.tsv": lambda path: path.write_text(f'id\ttext\n1\t"{SENTENCE}\r\n'),
     "a.csv": lambda path: write_csv(path, ["1", f'He said: "{SENTENCE},\n{SENTENCE}"']),

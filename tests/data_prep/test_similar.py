@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_prep.clean import normalise
@@ -32,6 +32,7 @@ CRC = 1647006342
 
 
 @given(st.lists(st.text("ab漢 ", max_size=30)))
+@example(["漢" * (SHORTEST_LINE - 1), "漢" * SHORTEST_LINE])
 def test_lines_have_equal_hashes_where_they_are_equal(lines: list[str]) -> None:
     hashes = line_hashes("\n".join(lines))
     lines = lines or [""]
