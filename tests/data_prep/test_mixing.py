@@ -80,7 +80,7 @@ def test_weights_are_factors_on_shares_and_0_leaves_out() -> None:
 
 
 def test_a_weight_for_a_language_without_text_is_refused() -> None:
-    with pytest.raises(ConfigError, match="prep.weights names 'dee'.*the languages are de, en"):
+    with pytest.raises(ConfigError, match=r"prep\.weights names 'dee'.*the languages are de, en"):
         quotas({"de": 5, "en": 5}, Prep(weights={"de": 1.0, "dee": 2.0}))
 
 
