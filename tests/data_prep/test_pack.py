@@ -163,8 +163,8 @@ def test_fill_holes_keeps_every_token_once_from_any_rows(
 def test_equal_documents_that_do_not_share_a_row_are_cut_to_fill_it(
     seq_len: int, share: float
 ) -> None:
-    segments = [Segment(i, 0, round(share * seq_len) - FRAME) for i in range(1000)]
-    assert len(best_fit([s.length + FRAME for s in segments], seq_len)) == 1000
+    segments = [Segment(i, 0, round(share * seq_len) - FRAME) for i in range(500)]
+    assert len(best_fit([s.length + FRAME for s in segments], seq_len)) == 500
     assert assert_packed(segments, pack(segments, seq_len, anywhere), seq_len) >= 0.99
 
 
@@ -180,7 +180,7 @@ def test_pieces_end_where_shorten_says() -> None:
     assert assert_packed(segments, rows, 128) > 0.95
     starts = [s.start for row in rows for s in row if s.start]
     assert starts
-    assert np.mean([start % 5 == 0 for start in starts]) > 0.9  # some pieces are too short for it
+    assert all(start % 5 == 0 for start in starts)
     assert all(MIN_PIECE <= length < segment.length for segment, length in asked)
 
 
