@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep import spill as spill_module
 from data_prep import tokens as tokens_module
 from data_prep.config import Prep
 from data_prep.container import write_container
@@ -114,6 +115,15 @@ def test_each_text_stays_once_under_the_alphabetically_first_language(
     for name in "abc":
         assert counts[name, "documents_duplicate"] == counts[name, "chars_duplicate"] == again[name]
     assert_all_is_counted(made, files)
+
+
+def test_digests_that_are_half_equal_are_of_different_texts(
+    job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill_module, "key_of", lambda text, seed: (0, key_of(text, seed)[1]))
+    files = job([[("de", "eins"), ("de", "zwei")], [("de", "drei"), ("de", "zwei")]]).tokenise()
+    assert files.num_documents() == {"de": 3}
+    assert files.counts()["de", "documents_duplicate"] == 1
 
 
 def test_the_order_of_units_and_documents_changes_no_byte(job: Callable[..., Job]) -> None:
