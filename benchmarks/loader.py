@@ -6,6 +6,8 @@ Writes shards of random ids with the project's own writer and reads each row onc
 training. The process keeps to one core, so the thread that reads ahead takes the time that it
 saves elsewhere. The files leave the page cache before each pass. `webdataset` is the same shards
 read by `WebDataset(...).decode()` alone, which neither checks, nor shuffles, nor makes batches.
+`remote` is a file system in memory whose every read takes --latency seconds, as object storage's
+do; `remote, one by one` reads it as if it were local, one step ahead.
 """
 
 from __future__ import annotations
@@ -16,16 +18,19 @@ import itertools
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import torch
 import webdataset
+from fsspec.implementations.memory import MemoryFileSystem
 
 from benchmarks.harness import arguments, cpu_seconds, interleaved, report
 from data_prep.pack import best_fit
@@ -47,17 +52,18 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--tokens", type=int, default=12_000_000, help="of each set of shards")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes of each case")
+    parser.add_argument("--latency", type=float, default=0.05, help="seconds of a remote read")
     options = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), options.tokens, options.repeats)
+        rows = measure(Path(folder), options.tokens, options.repeats, options.latency)
     slowest = min(row["tokens/s"] for row in rows if row["reader"] == "loader")
     ratio = (f"slowest loader case, tokens/s / {TARGET:,.0f}", slowest / TARGET)
     report("loader", rows, ratio, options, cores=1, rows_per_block=ROWS_PER_BLOCK)
 
 
-def measure(folder: Path, tokens: int, repeats: int) -> list[dict[str, Any]]:
+def measure(folder: Path, tokens: int, repeats: int, latency: float) -> list[dict[str, Any]]:
     """A row of the table for each kind of id, shape and reader."""
     cases: dict[tuple[str, str, int, int | str], Callable[[], int]] = {}
     for dtype in (np.uint16, np.uint32):
@@ -66,8 +72,13 @@ def measure(folder: Path, tokens: int, repeats: int) -> list[dict[str, Any]]:
             shards = folder / f"{name}-{seq_len}"
             write_shards(shards, tokens, seq_len, dtype)
             for micro in [micro for length, micro in SHAPES if length == seq_len]:
-                cases["loader", name, seq_len, micro] = functools.partial(read_epoch, shards, micro)
+                cases["loader", name, seq_len, micro] = functools.partial(
+                    read_epoch, str(shards), micro
+                )
             cases["webdataset", name, seq_len, "-"] = functools.partial(read_alone, shards)
+    url = copy_far(shards, latency)
+    for reader, is_far in (("remote", True), ("remote, one by one", False)):
+        cases[reader, name, seq_len, micro] = functools.partial(read_epoch, url, micro, is_far)
     cpu: dict[Any, list[float]] = collections.defaultdict(list)
     counts: dict[Any, int] = {}
 
@@ -93,17 +104,41 @@ def measure(folder: Path, tokens: int, repeats: int) -> list[dict[str, Any]]:
     ]
 
 
-def read_epoch(shards: Path, micro: int) -> int:
+def read_epoch(shards: str, micro: int, is_far: bool = False) -> int:
     """All tokens of the whole steps of an epoch, by a loader that has read nothing yet."""
     one_rank = Topology(rank=0, world_size=1, local_rank=0, local_world_size=1)
     batch_size = micro * MICRO_STEPS
-    reader = ShardReader(str(shards))
+    reader = ShardReader(shards)
+    reader._storage.is_remote = is_far
     loader = Loader(reader, one_rank, batch_size=batch_size, micro=micro, seed=1)
     return sum(
         batch.num_tokens
         for step in range(reader.manifest.rows // batch_size)
         for batch in loader.micro_batches(step)
     )
+
+
+class FarFileSystem(MemoryFileSystem):
+    """Memory that takes its time for every read."""
+
+    protocol = "far"
+    latency = 0.0
+
+    def cat_file(self, path: str, **options: Any) -> bytes:
+        """As the base class does, later."""
+        time.sleep(self.latency)
+        data: bytes = super().cat_file(path, **options)
+        return data
+
+
+def copy_far(shards: Path, latency: float) -> str:
+    """The URL of a copy of the shards whose reads take `latency` seconds."""
+    fsspec.register_implementation("far", FarFileSystem, clobber=True)
+    FarFileSystem.latency = latency
+    url = "far://shards"
+    for path in shards.iterdir():
+        fsspec.filesystem("far").pipe_file(f"{url}/{path.name}", path.read_bytes())
+    return url
 
 
 def read_alone(shards: Path) -> int:

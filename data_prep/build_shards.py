@@ -10,6 +10,7 @@ not: the shards are the same for any P.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -40,7 +41,7 @@ from data_prep.durable import write_durably
 from data_prep.estimate import check_disk, estimate_table
 from data_prep.generations import Base, carry_rows, finish_index, known_documents, load_base
 from data_prep.mixing import Dose, doses, mix_table, quotas
-from data_prep.plan import Groups, block_slices, plan_group, rows_path, take_heldout
+from data_prep.plan import Groups, block_slices, heldout_path, plan_group, rows_path, take_heldout
 from data_prep.ranks import Ranks, connect, each, launched_rank, on_rank_0
 from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publish, write_tar
 from data_prep.sharing import share
@@ -242,17 +243,20 @@ def _prepare(job: _Job) -> Callable[[], Manifest]:
     groups = Groups.of(len(files), mix["tokens"])
     packed = _pack(job, files, groups, mix)
     rows = [rows_path(job.work, group) for group in range(len(groups))]
-    if job.base is not None and job.base.short is not None:
+    ids, base = files, job.base
+    if base is not None and base.short is not None:
         carried = (job.work / "carried-tokens", job.work / "carried-rows")
-        on_rank_0(
-            job.ranks, lambda: carry_rows(job.folder, job.base, *carried, languages, len(paths))
-        )
-        files = each(job.ranks, lambda: TokenFiles([*paths, carried[0]], languages))
+        on_rank_0(job.ranks, lambda: carry_rows(job.folder, base, *carried, languages, len(paths)))
+        ids = each(job.ranks, lambda: TokenFiles([*paths, carried[0]], languages))
         rows = [carried[1], *rows]
-    tasks = _write(job, files, each(job.ranks, lambda: RowFiles(rows)), mix["heldout_rows"])
-    parts = [read, {"counts": files.counts().to_json()}, mix, *packed]
+    tasks = _write(job, ids, each(job.ranks, lambda: RowFiles(rows)), mix["heldout_rows"])
     on_rank_0(job.ranks, lambda: write_faults(job.folder, read["faults"]))
-    return lambda: _manifest(job, parts, [task.description(job.work) for task in tasks])
+
+    def make_manifest() -> Manifest:
+        parts = [read, {"counts": files.counts().to_json()}, mix, *packed]
+        return _manifest(job, parts, [task.description(job.work) for task in tasks])
+
+    return make_manifest
 
 
 def _read(job: _Job, units: Sequence[Unit]) -> Any:
@@ -270,6 +274,7 @@ def _read(job: _Job, units: Sequence[Unit]) -> Any:
             "counts": spills.counts.to_json(),
             "languages": spills.languages,
             "faults": faults,
+            "excluded_by": spills.excluded_by,
         }
 
     return job.stage("read", [unit.bytes for unit in units], read, summarise)
@@ -317,7 +322,7 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
         there = files.num_documents()
         held = take_heldout(files, job.prep, [n for n in there if there[n] and n not in before])
         for language, rows in held.rows.items():
-            with write_container(job.work / f"heldout-{language}") as writer:
+            with write_container(heldout_path(job.work, language)) as writer:
                 rows.write(writer)
         draws = files.draws()
         for language, taken in held.draws.items():
@@ -325,8 +330,9 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
         tokens = {name: int(of_draw.sum()) for name, of_draw in draws.items() if of_draw.any()}
         if not tokens:
             raise ConfigError(
-                f"prep.input holds no text that could be trained on ({sum(there.values())} documents "
-                f"with text under prep.text_key={job.prep.text_key!r}); correct the key or the globs"
+                f"prep.input holds no text that could be trained on ({sum(there.values())} "
+                f"documents with text under prep.text_key={job.prep.text_key!r}); correct the key "
+                "or the globs"
             )
         print(mix_table(tokens, job.prep, None), flush=True)
         return {
@@ -401,9 +407,7 @@ def _write(
         for index, blocks in enumerate(block_slices(len(rows), job.prep))
     ]
     for language, number in sorted(heldout_rows.items()):
-        heldout = each(
-            job.ranks, lambda language=language: RowFiles([job.work / f"heldout-{language}"])
-        )
+        heldout = each(job.ranks, functools.partial(RowFiles, [heldout_path(job.work, language)]))
         tasks += [
             _Task(f"heldout-{language}-{index:06d}", language, heldout, blocks)
             for index, blocks in enumerate(block_slices(number, job.prep))

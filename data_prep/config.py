@@ -28,13 +28,14 @@ class Prep:
         rows_per_block: rows in one WebDataset sample, the unit that training shuffles.
         blocks_per_shard: samples in one tar file.
         on_error: `report` counts and lists what cannot be read and goes on; `stop` stops there.
-        min_chars: documents of fewer characters are dropped.
-        max_repetition: documents that repeat themselves more than this, 0..1, are dropped; 1 is off.
-        check_language: drop documents whose text is clearly in another language than they say.
-        dedup_lines: keep a long line only in the first document that has it.
-        near_duplicates: of documents that are alike to this Jaccard index keep one; null is off.
-        exclude: globs of evaluation files; documents that share an n-gram with them are dropped.
-        exclude_ngram: words of that n-gram.
+        min_chars: shorter documents are dropped; 1 drops none.
+        max_repetition: documents that repeat themselves more are dropped, see
+            `data_prep.clean.repetition`; 1 drops none.
+        check_language: drop documents that are surely in another language than their label says.
+        dedup_lines: drop lines that stand in the corpus before.
+        near_duplicates: Jaccard similarity from which documents count as the same; null is none.
+        exclude: globs of evaluation files, whose text must not be trained on.
+        exclude_ngram: words in a row that mark a document as overlapping with such a file.
         weights: language -> factor on its share; 0 leaves it out.
         max_repeats: a document is in the rows this many times at most.
         max_tokens: tokens to train on, frames included; null is as many as the text has.
@@ -124,6 +125,8 @@ def check_prep(prep: Prep) -> None:
         ("blocks_per_shard", 1),
         ("heldout_rows", 0),
         ("max_repeats", 1),
+        ("min_chars", 1),
+        ("exclude_ngram", 5),
     ):
         if getattr(prep, key) < least:
             raise ConfigError(
@@ -142,12 +145,23 @@ def check_prep(prep: Prep) -> None:
     for language, weight in (prep.weights or {}).items():
         if not 0.0 <= weight < math.inf:
             raise ConfigError(
-                f"prep.weights.{language}={weight} is no factor on a share; use 0 (none of it) or more"
+                f"prep.weights.{language}={weight} is no factor on a share; use 0 (none of it) or "
+                "more"
             )
     if prep.max_tokens is not None and prep.max_tokens < prep.seq_len:
         raise ConfigError(
-            f"prep.max_tokens={prep.max_tokens} does not fill a row of prep.seq_len={prep.seq_len}; "
-            "use more, or null for as many as the text has"
+            f"prep.max_tokens={prep.max_tokens} does not fill a row of prep.seq_len="
+            f"{prep.seq_len}; use more, or null for as many as the text has"
+        )
+    if not 0.0 <= prep.max_repetition <= 1.0:
+        raise ConfigError(
+            f"prep.max_repetition={prep.max_repetition} is outside 0..1, the range of what it "
+            "limits; use 0.3 (usual) or 1 (drops nothing)"
+        )
+    if prep.near_duplicates is not None and not 0.0 < prep.near_duplicates <= 1.0:
+        raise ConfigError(
+            f"prep.near_duplicates={prep.near_duplicates} is no similarity above 0 and up to 1; "
+            "use 0.8 (usual) or null (drops nothing)"
         )
 
 

@@ -69,9 +69,10 @@ def repeated_lines(spills: Spills, work: Path, num_partitions: int, stage: Stage
     def lines(documents: UniqueDocuments) -> npt.NDArray[np.void]:
         tables = [np.zeros(0, SHARED)]
         for index, record in enumerate(documents.records):
-            numbers, hashes = line_hashes(documents.text(index))
-            table = np.zeros(len(hashes), SHARED)
-            table["shared"], table["line"] = hashes, numbers
+            hashes = line_hashes(documents.text(index))
+            counted = np.flatnonzero(hashes)  # 0 stands for a line too short to count
+            table = np.zeros(len(counted), SHARED)
+            table["shared"], table["line"] = hashes[counted], counted
             table["hi"], table["lo"] = record["hi"], record["lo"]
             tables.append(table)
         return np.concatenate(tables)

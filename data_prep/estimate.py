@@ -18,7 +18,7 @@ from data_prep.command import RunError
 from data_prep.config import Prep
 from data_prep.mixing import mix_table
 from data_prep.sources import Source, Unit, split
-from data_prep.spill import Counts, read_documents
+from data_prep.spill import CleanDocument, Counts, read_documents
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import framed
 
@@ -50,8 +50,9 @@ def check_disk(folder: Path, text_bytes: int, tokenizer: Tokenizer) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
-            f"prep.output_dir={folder} has {free / 1e9:.1f} GB free and about {needed / 1e9:.1f} GB "
-            "are needed, so the disk would be full before the end; name a larger one"
+            f"prep.output_dir={folder} has {free / 1e9:.1f} GB free and about "
+            f"{needed / 1e9:.1f} GB are needed, so the disk would be full before the end; name a "
+            "larger one"
         )
 
 
@@ -103,7 +104,7 @@ def estimate_table(sources: list[Source], prep: Prep, tokenizer: Tokenizer, seed
 def _sample(
     unit: Unit, prep: Prep, cleaner: Cleaner, tokenizer: Tokenizer
 ) -> tuple[float, dict[str, int], int]:
-    """Bytes of the input that a sample stands for, framed tokens of each language, bytes of text."""
+    """Bytes of input that a sample stands for, framed tokens by language, and bytes of text."""
     texts: dict[str, list[str]] = {}
     size = 0
     for document in _some(read_documents(unit, prep, cleaner, Counts(), [])):
@@ -122,7 +123,7 @@ def _sample(
     return len(compress(joined)), tokens, size
 
 
-def _some(documents: Iterator[object]) -> Iterator[object]:
+def _some(documents: Iterator[CleanDocument]) -> Iterator[CleanDocument]:
     """The first documents, until there is a sample's worth of text."""
     size = 0
     for document in documents:

@@ -67,14 +67,14 @@ def load_base(folder: Path, recipe: PrepRecipe, tokenizer: Tokenizer) -> Base:
     """
     if not (folder / MANIFEST).exists():
         raise ConfigError(
-            f"prep.output_dir={folder} has no {MANIFEST}, so there is nothing to append to; prepare "
-            "it without --append first"
+            f"prep.output_dir={folder} has no {MANIFEST}, so there is nothing to append to; "
+            "prepare it without --append first"
         )
     manifest = ShardReader(str(folder)).manifest
     if not (folder / INDEX).is_dir():
         raise ConfigError(
-            f"prep.output_dir={folder} has no folder {INDEX!r} with its documents' digests, so texts "
-            "could come in twice; prepare all text anew in another folder"
+            f"prep.output_dir={folder} has no folder {INDEX!r} with its documents' digests, so "
+            "texts could come in twice; prepare all text anew in another folder"
         )
     blocks = [block for shard in manifest.of_language(None) for block in shard.blocks]
     for key, here, wanted in (

@@ -183,6 +183,11 @@ def rows_path(work: Path, group: int) -> Path:
     return work / f"rows-{group:06d}"
 
 
+def heldout_path(work: Path, language: str) -> Path:
+    """Where a language's held-out rows are."""
+    return work / f"heldout-{language}"
+
+
 def plan_group(
     files: TokenFiles,
     partitions: range,

@@ -21,18 +21,20 @@ import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import fsspec
 import numpy as np
 import numpy.typing as npt
 
+from data_prep.block_cache import BlockCache
 from data_prep.command import ConfigError, RunError, one_line
 from data_prep.durable import durable_write, write_durably
+from data_prep.storage import Storage
 
 FORMAT_VERSION = 2  # 1 had no generations, sources and segment lengths; it is still read
 MANIFEST = "manifest.json"
-EARLIER = "manifests"  # folder of the manifests of earlier generations, by the digests' heads
+EARLIER = "manifests"  # folder of the manifests of earlier generations
+Verify = Literal["first_read", "always", "never"]
 _TAR_BLOCK = 512
 
 
@@ -121,17 +123,15 @@ class Manifest:
         Raises:
             RunError: it is not JSON, of another version, or not what was written.
         """
-        try:
-            body: dict[str, Any] = json.loads(text)
-            digest = body.pop("digest")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise RunError(f"{where} is damaged ({error}); {_REMEDY}") from error
-        if digest != _digest(body):
-            raise RunError(f"{where} is damaged: its digest does not match its content; {_REMEDY}")
+        return cls._of(_checked(text, where)[0], where)
+
+    @classmethod
+    def _of(cls, body: dict[str, Any], where: str) -> Manifest:
+        """The manifest of a body whose digest was checked."""
         if not 1 <= (version := body.pop("format_version")) <= FORMAT_VERSION:
             raise RunError(
-                f"{where} has format version {version}, this reader knows 1 to {FORMAT_VERSION}; read "
-                "it with the release that wrote it, or prepare the shards again"
+                f"{where} has format version {version}, this reader knows 1 to {FORMAT_VERSION}; "
+                "read it with the release that wrote it, or prepare the shards again"
             )
         shards = tuple(Shard.from_json(shard) for shard in body.pop("shards"))
         return cls(**body, shards=shards)
@@ -142,6 +142,23 @@ class Manifest:
 
 
 _REMEDY = "do not train on it; remove the folder and prepare the shards again"
+
+
+def generation(digest: str) -> str:
+    """Where a folder keeps the manifest of that digest once a newer one has taken its place."""
+    return f"{EARLIER}/{digest[:16]}.json"
+
+
+def _checked(text: str, where: str) -> tuple[dict[str, Any], str]:
+    """What a manifest says, and its digest of that, which was found right."""
+    try:
+        body: dict[str, Any] = json.loads(text)
+        digest: str = body.pop("digest")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RunError(f"{where} is damaged ({error}); {_REMEDY}") from error
+    if digest != _digest(body):
+        raise RunError(f"{where} is damaged: its digest does not match its content; {_REMEDY}")
+    return body, digest
 
 
 def _digest(body: Mapping[str, Any]) -> str:
@@ -275,13 +292,8 @@ def publish(folder: Path, manifest: Manifest) -> None:
         text = path.read_text(encoding="utf-8")
         before = Manifest.from_json(text, where=str(path))
         (folder / EARLIER).mkdir(exist_ok=True)
-        write_durably(folder / earlier_manifest(before.digest), text)
+        write_durably(folder / generation(before.digest), text)
     write_durably(path, manifest.to_json())
-
-
-def earlier_manifest(digest: str) -> str:
-    """Where an earlier generation's manifest lies in the folder of shards."""
-    return f"{EARLIER}/{digest[:16]}.json"
 
 
 def manifests(folder: Path) -> Iterator[Manifest]:
@@ -298,50 +310,90 @@ def manifests(folder: Path) -> Iterator[Manifest]:
 class ShardReader:
     """Checked random access to the blocks of a folder of shards, local or by fsspec URL.
 
+    Several threads may read at once.
+
     Args:
         url: folder or fsspec URL that holds manifest.json.
+        digest: of the manifest to read by, where the folder may have been added to since; None is
+            the folder's newest.
+        verify: when a block's CRC is checked: the first time that this reader reads it, always,
+            or never.
+        cache: where blocks are kept and looked for first; None keeps none.
 
     Raises:
-        ConfigError: there is no manifest there, or no file system for such a URL.
+        ConfigError: there is no such manifest there, or no file system for such a URL.
         RunError: the manifest is damaged, or a shard is missing or not of the size it names.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(
+        self,
+        url: str,
+        digest: str | None = None,
+        *,
+        verify: Verify = "first_read",
+        cache: BlockCache | None = None,
+    ) -> None:
         self.url = url
+        self._verify, self._cache = verify, cache
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(url)
+            self._storage = Storage(url)
         except (ValueError, ImportError) as error:
             raise ConfigError(
                 f"data.shards={url} is on no file system that fsspec can open ({one_line(error)}); "
                 "correct the URL, or install what it asks for"
             ) from error
-        manifest_path = f"{self._root.rstrip('/')}/{MANIFEST}"
-        try:
-            text = self._fs.cat_file(manifest_path).decode("utf-8", errors="replace")
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ConfigError(
-                f"data.shards={url} has no {MANIFEST}, so it is not a finished preparation; run "
-                "`python -m data_prep.build_shards --config RECIPE`, or name another folder"
-            ) from error
-        except OSError as error:
-            raise RunError(f"{url}/{MANIFEST} cannot be read ({one_line(error)})") from error
-        self.manifest = Manifest.from_json(text, where=f"{url}/{MANIFEST}")
+        self.manifest, self.digest = self._open(digest)
         self._check_sizes()
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether a read waits for a network rather than for a disk."""
+        return self._storage.is_remote
+
+    def _open(self, digest: str | None) -> tuple[Manifest, str]:
+        """The folder's manifest, or the older one of that digest."""
+        try:
+            newest, newest_digest = self._read_manifest(MANIFEST)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"data.shards={self.url} has no {MANIFEST}, so it is not a finished preparation; "
+                "run `python -m data_prep.build_shards --config RECIPE`, or name another folder"
+            ) from error
+        if digest is None or digest == newest_digest:
+            return newest, newest_digest
+        name = generation(digest)
+        try:
+            older, older_digest = self._read_manifest(name)
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"data.shards={self.url} holds other shards ({MANIFEST} has digest "
+                f"{newest_digest[:16]}) than this run began with ({digest[:16]}), and no {name}; "
+                "name the folder that has them, use another output_dir, or pass "
+                "--allow_change 'data.shards (content)' to go on with the new ones"
+            ) from error
+        if older_digest != digest:
+            raise RunError(f"{self.url}/{name} is the manifest of {older_digest}; {_REMEDY}")
+        return older, older_digest
+
+    def _read_manifest(self, name: str) -> tuple[Manifest, str]:
+        where = f"{self.url}/{name}"
+        text = self._storage.read(name).decode("utf-8", errors="replace")
+        body, digest = _checked(text, where)
+        return Manifest._of(body, where), digest
+
     def _check_sizes(self) -> None:
-        for shard in self.manifest.shards:
-            try:
-                size = self._fs.size(self._path(shard))
-            except FileNotFoundError as error:
-                raise RunError(f"shard {self.url}/{shard.name} is missing; {_REMEDY}") from error
-            if size != shard.bytes:
+        shards = self.manifest.shards
+        try:
+            sizes = self._storage.sizes([shard.name for shard in shards])
+        except FileNotFoundError as error:
+            raise RunError(f"shard {error} is missing; {_REMEDY}") from error
+        for shard in shards:
+            size = sizes[shard.name]
+            if size is not None and size != shard.bytes:
                 raise RunError(
                     f"shard {self.url}/{shard.name} has {size} bytes, the manifest says "
                     f"{shard.bytes}: it was truncated or replaced; {_REMEDY}"
                 )
-
-    def _path(self, shard: Shard) -> str:
-        return f"{self._root.rstrip('/')}/{shard.name}"
 
     @functools.cached_property
     def _languages(self) -> dict[str | None, Sequence[tuple[Shard, Block]]]:
@@ -349,6 +401,11 @@ class ShardReader:
         for shard in self.manifest.shards:
             table.setdefault(shard.language, []).extend((shard, block) for block in shard.blocks)
         return dict(table)
+
+    @functools.cached_property
+    def _is_checked(self) -> dict[str | None, bytearray]:
+        """1 for each block whose CRC was found right."""
+        return {language: bytearray(len(blocks)) for language, blocks in self._languages.items()}
 
     def blocks(self, language: str | None = None) -> list[Block]:
         """The training blocks in the manifest's order, or a language's held-out blocks."""
@@ -360,7 +417,7 @@ class ShardReader:
         """One block's input_ids [rows, seq_len] and cu_seqlens [segments + 1].
 
         Raises:
-            RunError: the bytes are not those that were written.
+            RunError: the bytes are not those that were written, or cannot be read.
         """
         input_ids, cu_seqlens, _ = self.read_sample(index, language=language)
         return input_ids, cu_seqlens
@@ -371,15 +428,41 @@ class ShardReader:
         """As `read_block`, and the block's JSON.
 
         Raises:
-            RunError: the bytes are not those that were written.
+            RunError: the bytes are not those that were written, or cannot be read.
         """
         shard, block = self._languages[language][index]
-        where = f"{self.url}/{shard.name}, block at byte {block.offset}"
-        end = block.offset + block.bytes
+        is_checked = self._is_checked[language]
+        check = self._verify == "always" or (self._verify == "first_read" and not is_checked[index])
+        raw = self._read(shard, block, check)
+        is_checked[index] |= check
+        return parse_block(raw, where=self._name(shard, block))
+
+    def _read(self, shard: Shard, block: Block, check: bool) -> bytes:
+        """The block's bytes: as many as it has, and the right ones where they are checked."""
+        key = f"{shard.sha256}-{block.offset}"
+        if self._cache is not None:
+            raw = self._cache.get(key)
+            if raw is not None and _fault(raw, block, check) is None:
+                return raw
+        where = self._name(shard, block)
         try:
-            raw = self._fs.cat_file(self._path(shard), start=block.offset, end=end)
-        except OSError as error:
-            raise RunError(f"{where} cannot be read ({one_line(error)}); {_REMEDY}") from error
-        if zlib.crc32(raw) != block.crc32:
-            raise RunError(f"{where} is damaged: its CRC does not match the manifest; {_REMEDY}")
-        return parse_block(raw, where=where)
+            raw = self._storage.read(shard.name, block.offset, block.offset + block.bytes)
+        except FileNotFoundError as error:
+            raise RunError(f"{where} cannot be read: the file is missing; {_REMEDY}") from error
+        if (fault := _fault(raw, block, check)) is not None:
+            raise RunError(f"{where} is damaged: {fault}; {_REMEDY}")
+        if self._cache is not None:
+            self._cache.put(key, raw)
+        return raw
+
+    def _name(self, shard: Shard, block: Block) -> str:
+        return f"{self.url}/{shard.name}, block at byte {block.offset}"
+
+
+def _fault(raw: bytes, block: Block, check: bool) -> str | None:
+    """What is wrong with a block's bytes; the CRC is compared where `check` says so."""
+    if len(raw) != block.bytes:
+        return f"it has {len(raw)} bytes, the manifest says {block.bytes}"
+    if check and zlib.crc32(raw) != block.crc32:
+        return "its CRC does not match the manifest"
+    return None

@@ -20,9 +20,9 @@ from data_prep.clean import Cleaner
 from data_prep.command import RunError
 from data_prep.config import Prep
 from data_prep.container import Container, ContainerWriter, write_container
-from data_prep.documents import read_raw
+from data_prep.documents import Fault, read_raw
 from data_prep.exchange import KEY, partition_of, read_partition, write_run
-from data_prep.sources import Fault, Unit
+from data_prep.sources import Unit
 
 # `language` is a place in the unit's list of them; `bytes` of text are spilled with the record.
 DOCUMENT = np.dtype([*KEY, ("language", "<u2"), ("chars", "<u4"), ("bytes", "<u4")])
@@ -94,6 +94,7 @@ def spill(
     if path.exists():
         return
     counts, faults = Counts(), list[Fault]()
+    cleaner.excluded_by.clear()
     languages: dict[str, int] = {}
     documents = read_documents(unit, prep, cleaner, counts, faults)
     with write_container(path) as writer:
@@ -113,6 +114,7 @@ def spill(
         _write_run(writer, records, texts, num_partitions)
         writer.facts["languages"] = list(languages)
         writer.facts["counts"] = counts.to_json()
+        writer.facts["excluded_by"] = dict(cleaner.excluded_by)
         writer.facts["faults"] = [dataclasses.astuple(fault) for fault in faults]
 
 
@@ -145,11 +147,13 @@ class Spills:
         self.paths = [spill_path(work, unit) for unit in range(num_units)]
         self.counts = Counts()
         self.faults: list[Fault] = []
+        self.excluded_by: collections.Counter[str] = collections.Counter()
         self._of_unit: list[list[str]] = []
         for path in self.paths:
             facts = Container(path).facts
             self.counts.update(Counts.from_json(facts["counts"]))
             self.faults += [Fault(*fault) for fault in facts["faults"]]
+            self.excluded_by.update(facts["excluded_by"])
             self._of_unit.append(facts["languages"])
         self.languages = sorted({name for names in self._of_unit for name in names})
         _check_languages(self.languages, prep)

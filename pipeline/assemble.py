@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import os
 import subprocess
@@ -24,14 +23,21 @@ from tqdm import tqdm
 from data_prep.command import ConfigError, RunError
 from data_prep.config import check_prep
 from data_prep.durable import write_durably
-from data_prep.shards import MANIFEST, ShardReader, tokenizer_fingerprint
-from pipeline.checkpoint import Checkpoints, State, check_identity, identity, tag_of
+from data_prep.shards import MANIFEST, Manifest, ShardReader, tokenizer_fingerprint
+from pipeline.checkpoint import (
+    Checkpoints,
+    State,
+    check_identity,
+    identity,
+    shards_digest_of,
+    tag_of,
+)
 from pipeline.collectives import copy_from_rank_0, on_rank_0
 from pipeline.config import ROOT, Recipe, check_layer, check_world, plain, read_ds_config
 from pipeline.engine import Engine, init_distributed, merge_ds_config
 from pipeline.export import CONFIG, save_start
 from pipeline.initialise import check_start
-from pipeline.loader import Loader
+from pipeline.loader import Loader, open_shards
 from pipeline.masking import Masking
 from pipeline.metrics import JsonLines, Metrics
 from pipeline.models import (
@@ -91,11 +97,14 @@ def assemble(
     device = init_distributed(topology)
     on_rank_0(lambda: _prepare_if_missing(first))
     for student in students:
-        on_rank_0(functools.partial(_check_shards, student.recipe, teacher_config, student.config))
-    reader = ShardReader(first.shards)
-    shards_digest = hashlib.sha256(reader.manifest.to_json().encode()).hexdigest()
-    for student in students:
         student.saved = student.checkpoints.newest()
+    saved = next((student.saved for student in students if student.saved is not None), None)
+    # Shards may have been added to the folder since: a run goes on with those that it began with.
+    began_with = None if saved is None else shards_digest_of(saved, allow_change)
+    on_rank_0(lambda: _check_shards(students, teacher_config, began_with))
+    reader = open_shards(first, began_with)
+    shards_digest = reader.digest
+    for student in students:
         student.identity = identity(student.recipe, ds_policy, shards_digest)
         if student.saved is not None:
             check_identity(student.saved.identity, student.identity, allow_change)
@@ -325,13 +334,19 @@ def _prepare_if_missing(recipe: Recipe) -> None:
         raise RunError(f"the preparation of {shards} failed with status {done.returncode}")
 
 
-def _check_shards(recipe: Recipe, teacher_config: Any, config: Any) -> None:
-    """Refuse shards that these models cannot read.
+def _check_shards(students: Sequence[_Student], teacher_config: Any, digest: str | None) -> None:
+    """Refuse shards that these models cannot read, or that are not there as the manifest says."""
+    manifest = open_shards(students[0].recipe, digest).manifest
+    for student in students:
+        _check_models(student.recipe, manifest, teacher_config, student.config)
+
+
+def _check_models(recipe: Recipe, manifest: Manifest, teacher_config: Any, config: Any) -> None:
+    """Refuse shards that a student or its teacher cannot read.
 
     Raises:
         ConfigError: another tokenizer made them, or a row is longer than a model's positions.
     """
-    manifest = ShardReader(recipe.shards).manifest
     fingerprint = tokenizer_fingerprint(load_tokenizer(recipe.tokenizer))
     if fingerprint != manifest.tokenizer_fingerprint:
         raise ConfigError(

@@ -29,9 +29,10 @@ MARKER = "COMPLETE"
 LATEST = "latest"
 # Keys that cannot change what is learned: where things lie, and how often they are written down.
 FREE_KEYS = frozenset(
-    "output_dir students data.shards data.prepare data.row_log train.save_every "
-    "train.keep_checkpoints train.log_every train.eval_every".split()
+    "output_dir students data.shards data.prepare data.row_log data.verify data.cache_dir "
+    "data.cache_gb train.save_every train.keep_checkpoints train.log_every train.eval_every".split()
 )
+SHARDS_KEY = "data.shards (content)"  # the digest of the manifest that a run reads by
 
 # Sections of the ds_config that repeat what the recipe decides, or only watch.
 FREE_DS_SECTIONS = frozenset(
@@ -68,7 +69,7 @@ def identity(recipe: Any, ds_policy: Mapping[str, Any], shards_digest: str) -> d
     keys = {k: v for k, v in flatten(recipe).items() if not k.startswith("prep.")}
     policy = {k: v for k, v in ds_policy.items() if k not in FREE_DS_SECTIONS}
     keys |= {f"deepspeed.{k}": v for k, v in flatten(policy).items()}
-    keys["data.shards (content)"] = shards_digest
+    keys[SHARDS_KEY] = shards_digest
     plain: dict[str, Any] = json.loads(
         json.dumps({k: keys[k] for k in sorted(keys.keys() - FREE_KEYS)})
     )
@@ -204,6 +205,14 @@ def check_identity(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: li
             "one that started; restore them, use another output_dir, or pass "
             + " ".join(f"--allow_change {key!r}" for key in changed)
         )
+
+
+def shards_digest_of(saved: State, allowed: list[str]) -> str | None:
+    """The manifest by which a run goes on; None, the newest, where --allow_change says so."""
+    if any(_names(a, SHARDS_KEY) for a in allowed):
+        return None
+    digest: str | None = saved.identity.get(SHARDS_KEY)
+    return digest
 
 
 def _names(allowed: str, key: str) -> bool:

@@ -150,11 +150,19 @@ class Data:
         prepare: prepare the shards from prep.input first where there are none yet; meant for small
             corpora, since one process does it while the other ranks wait.
         row_log: write the ids of the rows that each rank trains on to OUTPUT_DIR/rows/.
+        verify: when the checksum of a block is compared: the first time that a process reads it,
+            always, or never.
+        cache_dir: folder on a local disk that keeps blocks which were read from the shards, for all
+            ranks of the host; null keeps none.
+        cache_gb: what they may take there, in GB (10^9 bytes); what was used longest ago goes.
     """
 
     shards: str | None = None
     prepare: bool = False
     row_log: bool = False
+    verify: Literal["first_read", "always", "never"] = "first_read"
+    cache_dir: str | None = None
+    cache_gb: float = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -397,6 +405,7 @@ def check_recipe(recipe: Recipe) -> None:
         "train.adam_eps": train.adam_eps,
         "objective.temperature": objective.temperature,
         "objective.mlm_probability": objective.mlm_probability,
+        "data.cache_gb": recipe.data.cache_gb,
     }
     for key, number in positive.items():
         if not (number > 0 and math.isfinite(number)):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import functools
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,24 @@ import torch
 from torch.nn.functional import pad
 from torch.profiler import record_function
 
+from data_prep.block_cache import BlockCache
 from data_prep.command import RunError
 from data_prep.shards import ShardReader
 from pipeline.assignment import DataOrder
+from pipeline.config import Recipe
 from pipeline.masking import Masking
 from pipeline.topology import Topology
 
 CACHED_BLOCKS = 16  # a batch spans few blocks; neighbours in a step are read again in the next
+# A read from remote storage takes a tenth of a second or more, most of which is waiting.
+BLOCKS_AHEAD = 8
+STEPS_AHEAD = 16  # where steps are small, looking further costs more time than it saves
+READS_AT_ONCE = 16
 EXIT_PATIENCE = 5.0  # seconds that an exit leaves to a read that nobody waits for any more
+
+
+_Block: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[np.int32]]
+_Read = TypeVar("_Read")
 
 
 class Count(NamedTuple):
@@ -123,10 +133,27 @@ class Batch:
         )
 
 
+def open_shards(recipe: Recipe, digest: str | None = None) -> ShardReader:
+    """The recipe's shards, read as its `data` section says.
+
+    Args:
+        recipe: names them.
+        digest: of the manifest to read by; None is the newest.
+
+    Raises:
+        ConfigError: they are not there, or data.cache_dir cannot be written.
+        RunError: the manifest is damaged, or a shard is missing or cut.
+    """
+    data = recipe.data
+    cache = BlockCache(Path(data.cache_dir), int(data.cache_gb * 1e9)) if data.cache_dir else None
+    return ShardReader(recipe.shards, digest, verify=data.verify, cache=cache)
+
+
 class Loader:
     """The micro-batches of a rank, for any step, in any order of asking.
 
-    While a step is trained on, a thread reads the next one.
+    While a step is trained on, a thread reads the next one. From remote storage the next blocks
+    come at the same time, each by a thread of its own.
 
     Args:
         reader: of the shards.
@@ -168,12 +195,37 @@ class Loader:
             seed=seed,
         )
         self._block = functools.lru_cache(CACHED_BLOCKS)(self._read_block)
-        self._ahead: _Ahead | None = None
+        self._ahead: _Ahead[list[Batch]] | None = None
+        self._blocks_ahead: dict[int, _Ahead[_Block]] = {}
+        self._may_read = threading.Semaphore(READS_AT_ONCE)
 
-    def _read_block(
-        self, index: int, language: str | None
-    ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int32]]:
-        return self._reader.read_block(index, language=language)
+    def _read_block(self, index: int, language: str | None) -> _Block:
+        ahead = self._blocks_ahead.get(index) if language is None else None
+        block = ahead.take(index) if ahead is not None else None
+        return block or self._reader.read_block(index, language=language)
+
+    def _fetch(self, step: int) -> None:
+        """Begin to read what this rank needs from a step on: all of the step, and some more."""
+        wanted: dict[int, None] = {}  # a set that keeps the order
+        for coming in range(step, step + STEPS_AHEAD):
+            wanted |= dict.fromkeys(block for block, _ in self.order.runs(self._share(coming)))
+            if len(wanted) >= BLOCKS_AHEAD:
+                break
+        # All other reads are forgotten: of past blocks, and of blocks of which nobody comes.
+        self._blocks_ahead = {
+            index: self._blocks_ahead.get(index) or _Ahead("block", self._read_ahead, index)
+            for index in wanted
+        }
+
+    def _read_ahead(self, index: int) -> _Block:
+        with self._may_read:
+            return self._reader.read_block(index)
+
+    def _share(self, step: int) -> range:
+        """This rank's part of a step in the stream of rows."""
+        rank, world_size = self._topology.rank, self._topology.world_size
+        first = self.order.rows(step, 0, rank, world_size)
+        return range(first.start, first.start + self.order.batch_size // world_size)
 
     @record_function("data")
     def micro_batches(self, step: int) -> list[Batch]:
@@ -185,10 +237,12 @@ class Loader:
         batches = self._ahead.take(step) if self._ahead is not None else None
         if batches is None:
             batches = self._read_step(step)
-        self._ahead = _Ahead(self._read_step, step + 1)
+        self._ahead = _Ahead("step", self._read_step, step + 1)
         return batches
 
     def _read_step(self, step: int) -> list[Batch]:
+        if self._reader.is_remote:
+            self._fetch(step)
         rank, world_size = self._topology.rank, self._topology.world_size
         batches = []
         for micro_step in range(self._num_micro_steps):
@@ -264,28 +318,39 @@ class Loader:
         return block[rows.start : rows.stop].reshape(-1), np.diff(cu_seqlens[first : last + 1])
 
 
-class _Ahead(threading.Thread):
-    """A step that is read before it is asked for.
+class _Ahead(threading.Thread, Generic[_Read]):
+    """A step or a block that is read before it is asked for.
 
-    What goes wrong here is dropped: whoever needs the step reads it again and meets the same error
-    at the same place as without a thread. So is the thread itself, in a fork.
+    What goes wrong is kept for whoever asks for the data, so that it ends a run where it would
+    without a thread. A thread is not there any more in a fork, which reads by itself.
     """
 
-    def __init__(self, read: Callable[[int], list[Batch]], step: int) -> None:
-        super().__init__(name=f"read-step-{step}", daemon=True)
-        self._read, self._step = read, step
-        self._batches: list[Batch] | None = None
+    def __init__(self, what: str, read: Callable[[int], _Read], number: int) -> None:
+        super().__init__(name=f"read-{what}-{number}", daemon=True)
+        self._read, self._number = read, number
+        self._data: _Read | None = None
+        self._error: Exception | None = None
         self.start()
 
     def run(self) -> None:
-        """Read the step, in the thread."""
-        with contextlib.suppress(Exception):
-            self._batches = self._read(self._step)
+        """Read, in the thread."""
+        try:
+            self._data = self._read(self._number)
+        except Exception as error:
+            self._error = error
 
-    def take(self, step: int) -> list[Batch] | None:
-        """The step's batches, once they are read; None if there are none, or of another step."""
+    def take(self, number: int) -> _Read | None:
+        """The data, once they are read; None if there are none, or of another number.
+
+        Raises:
+            Exception: what the read raised.
+        """
         self.join()
-        return self._batches if step == self._step else None
+        if number != self._number:
+            return None
+        if self._error is not None:
+            raise self._error
+        return self._data
 
 
 @atexit.register

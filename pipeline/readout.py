@@ -14,9 +14,8 @@ from typing import Any
 import torch
 
 from data_prep.command import ConfigError
-from data_prep.shards import ShardReader
 from pipeline.config import Recipe
-from pipeline.loader import Loader
+from pipeline.loader import Loader, open_shards
 from pipeline.models import Target, load_teacher, read_config
 from pipeline.objectives import QKV, Outputs
 from pipeline.topology import Topology
@@ -38,7 +37,7 @@ def rank(recipe: Recipe, students: Mapping[int, str]) -> list[dict[str, Any]]:
     Raises:
         ConfigError: the shards have no held-out rows.
     """
-    reader = ShardReader(recipe.shards)
+    reader = open_shards(recipe)
     if not reader.manifest.heldout_rows:
         raise ConfigError(
             f"data.shards={recipe.shards} has no held-out rows to judge by; prepare with "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -77,10 +78,10 @@ def small_prep(demo_text: str, teacher_dir: Path) -> Prep:
 def prepare(small_prep: Prep, tmp_path: Path) -> Callable[..., tuple[Path, Manifest]]:
     """Prepares in this process, as one rank; returns the folder and its manifest."""
 
-    def run(*, seed: int = 1, **changes: Any) -> tuple[Path, Manifest]:
+    def run(*, seed: int = 1, append: bool = False, **changes: Any) -> tuple[Path, Manifest]:
         changes.setdefault("output_dir", str(tmp_path / "shards"))
         recipe = PrepRecipe(seed=seed, prep=dataclasses.replace(small_prep, **changes))
-        build(recipe, OneRank())
+        build(recipe, OneRank(), append=append)
         return read_manifest(Path(changes["output_dir"]))
 
     return run
@@ -229,12 +230,26 @@ def letters() -> Any:
     return Letters()
 
 
-def _strip(language: str, text: str) -> tuple[str | None, str | None]:
-    return (text.strip(), None) if text.strip() else (None, "empty")
+class Strip:
+    """A cleaner that takes white space from the ends, and excludes what an evaluation file says."""
+
+    def __init__(self) -> None:
+        self.excluded_by: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, language: str, text: str) -> tuple[str | None, str | None]:
+        if text.startswith("evaluation"):
+            self.excluded_by[f"{text}.jsonl"] += 1
+            return None, "excluded"
+        return (text.strip(), None) if text.strip() else (None, "empty")
 
 
 @pytest.fixture(scope="session")
-def spill_units() -> Callable[..., Spills]:
+def strip() -> Any:
+    return Strip()
+
+
+@pytest.fixture(scope="session")
+def spill_units(strip: Any) -> Callable[..., Spills]:
     """Spills units that are lists of (language, text) in place of files; None is broken."""
 
     def spill_all(
@@ -249,7 +264,7 @@ def spill_units() -> Callable[..., Spills]:
             patch.setattr(spill_module, "read_raw", read_raw)
             for number, unit in enumerate(units):
                 path = spill_path(work, number)
-                spill(unit, path, prep or Prep(), _strip, of, seed)  # type: ignore[arg-type]
+                spill(unit, path, prep or Prep(), strip, of, seed)  # type: ignore[arg-type]
         return Spills(work, len(units), prep or Prep())
 
     return spill_all

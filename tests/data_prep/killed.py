@@ -57,7 +57,7 @@ def prepare(prep: Prep, moment: int) -> int:
 
 
 def digest(folder: Path) -> str:
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     content = [(name, hashlib.sha256((folder / name).read_bytes()).hexdigest()) for name in names]
     return json.dumps(content)
 

@@ -4,7 +4,6 @@ import collections
 import contextlib
 import dataclasses
 import gzip
-import hashlib
 import itertools
 import json
 import os
@@ -15,20 +14,19 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from data_prep import build_shards
 from data_prep.build_shards import build
 from data_prep.claim import locked
+from data_prep.clean import normalise
 from data_prep.command import ConfigError
 from data_prep.config import Prep, PrepRecipe
-from data_prep.documents import normalise
-from data_prep.plan import DOCUMENT, make_plan
 from data_prep.ranks import OneRank
 from data_prep.shards import Manifest, ShardReader
 from data_prep.verify import find_faults
@@ -64,34 +62,41 @@ def rows_of(folder: Path, language: str | None = None) -> Iterator[list[list[int
         yield from rows
 
 
-def test_rows_are_the_tokenizers_ids_of_the_normalised_documents(
-    prepared: tuple[Path, Manifest], small_prep: Prep, repo: Path, teacher_dir: Path
+def test_segments_are_pieces_of_the_normalised_documents_ids(
+    prepared: tuple[Path, Manifest], repo: Path, teacher_dir: Path
 ) -> None:
-    """Files, cleaning and ids are read here without any of the code under test but the plan."""
+    """Files, cleaning and ids are read here without any of the code under test."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(teacher_dir)
-    ids_of: dict[bytes, list[int]] = {}
-    records = []
+    texts: dict[str, str] = {}
     for path in sorted((repo / "recipes" / "demo_text").glob("*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
-            text = normalise(record["text"])
-            key = hashlib.sha256(text.encode()).digest()[:16]
-            ids_of[key] = tokenizer(text, add_special_tokens=False)["input_ids"]
-            records.append((key, record["lang"], len(ids_of[key]), len(text), 0, len(records)))
-    plan = make_plan(np.array(records, dtype=DOCUMENT), small_prep, 1)
-
-    def expected(row):
-        for segment in row:
-            ids = ids_of[plan.documents["key"][segment.document].ljust(16, b"\0")]
-            yield [0, *ids[segment.start : segment.start + segment.length], 2]
-
+        lines = path.read_text(encoding="utf-8").splitlines()
+        ids = tokenizer(
+            [" ".join(unicodedata.normalize("NFC", json.loads(line)["text"]).split())
+             for line in lines],
+            add_special_tokens=False,
+        )["input_ids"]  # fmt: skip
+        texts[path.stem] = "|".join("," + ",".join(map(str, of)) + "," for of in ids)
     folder, manifest = prepared
-    assert [list(expected(row)) for row in plan.train] == list(rows_of(folder))
-    assert len(plan.train) == manifest.rows > 100
-    for language, rows in plan.heldout.items():
-        assert [list(expected(row)) for row in rows] == list(rows_of(folder, language))
+    languages = iter(segment_languages(folder))
+    tokens: collections.Counter[str] = collections.Counter()
+    for row in rows_of(folder):
+        for segment in row:
+            language = next(languages)
+            assert (segment[0], segment[-1]) == (0, 2)
+            assert "," + ",".join(map(str, segment[1:-1])) + "," in texts[language]
+            tokens[language] += len(segment)
+    assert tokens == collections.Counter(manifest.tokens)
+    assert manifest.rows > 100
+
+
+def segment_languages(folder: Path) -> Iterator[str]:
+    """The language of each segment to train on, by the blocks' JSON."""
+    reader = ShardReader(str(folder))
+    for index in range(len(reader.blocks())):
+        names = reader.read_sample(index)[2]["segment_languages"]
+        yield from (name for name in names if name is not None)
 
 
 def test_each_segment_has_its_documents_language(prepare, repo: Path, teacher_dir: Path) -> None:
@@ -151,6 +156,7 @@ def test_what_was_prepared_verifies(prepared: tuple[Path, Manifest]) -> None:
     assert not list(find_faults(folder))
     assert {path.name for path in folder.iterdir()} == {
         "manifest.json",
+        "index",
         *(shard.name for shard in manifest.shards),
     }
 
@@ -262,6 +268,8 @@ def test_what_was_finished_is_not_done_again(
     out = tmp_path / "shards"
     shards = {path.name: path.stat().st_ino for path in out.glob("*.tar")}
     (again := out / "train-000001.tar").unlink()
+    (out / ".work" / "train-000001.json").unlink()
+    (out / ".work" / "write.done").unlink()
     prepare()
     assert digests(out) == digests(prepared[0])
     kept = {path.name: path.stat().st_ino for path in out.glob("*.tar") if path != again}
@@ -273,7 +281,7 @@ def test_a_kill_after_the_manifest_leaves_nothing_behind(
 ) -> None:
     out = Path(shutil.copytree(prepared[0], tmp_path / "out"))
     (out / ".work").mkdir()
-    (out / ".work" / "unit-000000.tokens").touch()
+    (out / ".work" / "read-000000").touch()
     (out / ".lock").touch()
     prepare(output_dir=str(out))
     assert digests(out) == digests(prepared[0])
@@ -326,7 +334,7 @@ def test_rows_do_not_depend_on_how_text_is_spread_over_files(
         )
         for name in ("one", "many")
     )
-    del one["manifest.json"], many["manifest.json"]  # names the files in its settings
+    del one["manifest.json"], many["manifest.json"]  # names the files
     assert one == many
 
 
@@ -474,21 +482,23 @@ def test_refusals_and_failures_are_one_line_and_a_status(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("kib", [4, 24])  # the spills do not fit; the spills fit but no shard
+@pytest.mark.parametrize(
+    ("kib", "what"), [(4, ".work/read-"), (150, ".work/tokens-"), (300, "train-000000.tar")]
+)
 def test_a_full_disk_is_one_line_and_what_was_done_is_gone_on_from(
-    command, prepare, prepared, small_prep: Prep, tmp_path: Path, digests, kib: int
+    command, prepare, small_prep: Prep, tmp_path: Path, digests, kib: int, what: str
 ) -> None:
-    out = tmp_path / "out"
+    out, one_shard = tmp_path / "out", {"blocks_per_shard": 1000}
     limit = ["bash", "-c", f'ulimit -f {kib}; exec "$0" "$@"']
-    done = command(*arguments(small_prep, output_dir=str(out)), prefix=limit)
+    done = command(*arguments(small_prep, output_dir=str(out), **one_shard), prefix=limit)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert f"{out}/" in line
+    assert f"{out}/{what}" in line
     assert "cannot be written (File too large)" in line
-    assert ("train-000000.tar" in line) == (kib == 24)
     assert not list(out.rglob("*.partial"))
-    prepare(output_dir=str(out))
-    assert digests(out) == digests(prepared[0])
+    whole, _ = prepare(**one_shard)
+    prepare(output_dir=str(out), **one_shard)
+    assert digests(out) == digests(whole)
 
 
 def test_two_preparations_at_once(command, prepare, small_prep: Prep, tmp_path: Path) -> None:

@@ -30,6 +30,13 @@ def test_good_settings_pass() -> None:
         ({"smoothing": -0.1}, r"prep\.smoothing=-0\.1"),
         ({"smoothing": 1.1}, r"prep\.smoothing=1\.1"),
         ({"smoothing": float("nan")}, r"prep\.smoothing=nan"),
+        ({"min_chars": 0}, r"prep\.min_chars=0 is below 1"),
+        ({"exclude_ngram": 4}, r"prep\.exclude_ngram=4 is below 5"),
+        ({"max_repetition": 1.1}, r"prep\.max_repetition=1\.1"),
+        ({"max_repetition": float("nan")}, r"prep\.max_repetition=nan"),
+        ({"near_duplicates": 0.0}, r"prep\.near_duplicates=0\.0"),
+        ({"near_duplicates": 1.1}, r"prep\.near_duplicates=1\.1"),
+        ({"near_duplicates": float("nan")}, r"prep\.near_duplicates=nan"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], named: str) -> None:
@@ -38,7 +45,18 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, Any], named: s
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seq_len": 8}, {"smoothing": 0.0}, {"smoothing": 1.0}, {"heldout_rows": 0}]
+    "changes",
+    [
+        {"seq_len": 8},
+        {"smoothing": 0.0},
+        {"smoothing": 1.0},
+        {"heldout_rows": 0},
+        {"min_chars": 1},
+        {"exclude_ngram": 5},
+        {"max_repetition": 0.0},
+        {"max_repetition": 1.0},
+        {"near_duplicates": 1.0},
+    ],
 )
 def test_the_bounds_themselves_work(changes: dict[str, Any]) -> None:
     check_prep(dataclasses.replace(GOOD, **changes))

@@ -13,16 +13,19 @@ import fsspec
 import numpy as np
 import pytest
 
+from data_prep.block_cache import BlockCache
 from data_prep.command import ConfigError, RunError
 from data_prep.shards import (
     Manifest,
     ShardReader,
     describe_tar,
+    generation,
     id_dtype,
     parse_block,
     publish,
     write_tar,
 )
+from data_prep.storage import Storage
 
 
 @pytest.fixture
@@ -165,6 +168,162 @@ def test_damage_in_a_block_is_named_when_it_is_read(copy: Path) -> None:
     path.unlink()
     with pytest.raises(RunError, match="cannot be read"):
         reader.read_block(0)
+
+
+# Which manifest
+
+
+@pytest.fixture
+def generations(copy: Path) -> tuple[Path, Manifest, Manifest]:
+    """A folder whose manifest was replaced by one of fewer shards, and the older and newer one."""
+    older = ShardReader(str(copy))
+    newer = dataclasses.replace(older.manifest, shards=older.manifest.shards[1:], rows=7)
+    kept = copy / generation(older.digest)
+    kept.parent.mkdir()
+    kept.write_bytes((copy / "manifest.json").read_bytes())
+    publish(copy, newer)
+    return copy, older.manifest, newer
+
+
+def test_a_reader_keeps_to_the_manifest_of_its_digest(
+    generations: tuple[Path, Manifest, Manifest],
+) -> None:
+    folder, older, newer = generations
+    digests = {name: json.loads(m.to_json())["digest"] for name, m in (("o", older), ("n", newer))}
+    assert generation(digests["o"]) == f"manifests/{digests['o'][:16]}.json"
+    for digest, manifest in ((None, newer), (digests["n"], newer), (digests["o"], older)):
+        reader = ShardReader(str(folder), digest)
+        assert reader.manifest == manifest
+        assert reader.digest == json.loads(manifest.to_json())["digest"]
+
+
+def test_a_digest_that_the_folder_does_not_have_is_refused(
+    generations: tuple[Path, Manifest, Manifest],
+) -> None:
+    with pytest.raises(ConfigError, match=r"holds other shards.*\(abababababababab\).*--allow_ch"):
+        ShardReader(str(generations[0]), "ab" * 32)
+
+
+def test_an_older_manifest_is_checked_like_the_newest(
+    generations: tuple[Path, Manifest, Manifest],
+) -> None:
+    folder, older, newer = generations
+    digest = json.loads(older.to_json())["digest"]
+    (folder / generation(digest)).write_text(newer.to_json())
+    with pytest.raises(RunError, match=r"manifests/.* is the manifest of "):
+        ShardReader(str(folder), digest)
+    (folder / generation(digest)).write_text(older.to_json().replace('"seed": 1', '"seed": 2'))
+    with pytest.raises(RunError, match=r"manifests/.* is damaged: its digest"):
+        ShardReader(str(folder), digest)
+
+
+# When blocks are checked, and which are kept
+
+
+def flip(path: Path, offset: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("verify", "fails"), [("first_read", [1]), ("always", [0, 1]), ("never", [])]
+)
+def test_blocks_are_checked_when_they_should_be(copy: Path, verify: Any, fails: list[int]) -> None:
+    """Block 0 was read before it was damaged, block 1 was not."""
+    reader = ShardReader(str(copy), verify=verify)
+    whole = [reader.read_block(0), ShardReader(str(copy)).read_block(1)]
+    for index in (0, 1):
+        ids, block = whole[index][0], reader.blocks()[index]
+        data = (copy / "train-000000.tar").read_bytes()
+        flip(copy / "train-000000.tar", data.index(ids.tobytes(), block.offset) + 10)
+    for index in (0, 1):
+        if index in fails:
+            for _ in range(2):  # damage that was found does not count as checked
+                with pytest.raises(RunError, match="its CRC does not match"):
+                    reader.read_block(index)
+        else:
+            assert (reader.read_block(index)[0] != whole[index][0]).sum() == 1
+
+
+def test_a_block_that_ends_early_is_never_taken(copy: Path) -> None:
+    reader = ShardReader(str(copy), verify="never")
+    path = copy / reader.manifest.shards[0].name
+    path.write_bytes(path.read_bytes()[: reader.blocks()[0].bytes - 1])
+    with pytest.raises(RunError, match=r"block at byte 0 is damaged: it has \d+ bytes"):
+        reader.read_block(0)
+
+
+class Reads:
+    """Counts the ranged reads of a reader's storage."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        plain = Storage.read
+        self.ranges: list[tuple[str, int | None]] = []
+
+        def read(storage: Storage, name: str, start: int | None = None, *rest: Any) -> bytes:
+            if start is not None:
+                self.ranges.append((name, start))
+            return plain(storage, name, start, *rest)
+
+        monkeypatch.setattr(Storage, "read", read)
+
+
+@pytest.mark.parametrize("verify", ["first_read", "always", "never"])
+def test_a_block_is_fetched_once_by_all_who_share_a_cache(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verify: Any
+) -> None:
+    reads, cache = Reads(monkeypatch), BlockCache(tmp_path / "cache", 10**9)
+    plain = ShardReader(str(copy))
+    expected = [plain.read_sample(index) for index in range(len(plain.blocks()))]
+    reads.ranges.clear()
+    for number in range(3):
+        moved = Path(shutil.copytree(copy, tmp_path / f"moved-{number}"))  # the content counts
+        reader = ShardReader(str(moved), verify=verify, cache=cache)
+        for index, sample in enumerate(expected):
+            got = reader.read_sample(index)
+            np.testing.assert_array_equal(got[0], sample[0])
+            np.testing.assert_array_equal(got[1], sample[1])
+            assert got[2] == sample[2]
+    assert len(reads.ranges) == len(set(reads.ranges)) == len(expected)
+
+
+def shorten(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def alter(path: Path) -> None:
+    flip(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [shorten, alter, empty, remove])
+def test_a_damaged_cached_block_is_fetched_again(
+    copy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
+) -> None:
+    cache = BlockCache(tmp_path / "cache", 10**9)
+    expected = ShardReader(str(copy), cache=cache).read_block(0)[0]
+    (kept,) = (tmp_path / "cache").glob("*.block")
+    whole = kept.read_bytes()
+    damage(kept)
+    reads = Reads(monkeypatch)
+    np.testing.assert_array_equal(ShardReader(str(copy), cache=cache).read_block(0)[0], expected)
+    assert len(reads.ranges) == 1
+    assert kept.read_bytes() == whole
+
+
+def test_a_damaged_block_is_not_kept(copy: Path, tmp_path: Path) -> None:
+    reader = ShardReader(str(copy), cache=BlockCache(tmp_path / "cache", 10**9))
+    flip(copy / "train-000000.tar", reader.blocks()[0].bytes // 2)
+    with pytest.raises(RunError, match="its CRC does not match"):
+        reader.read_block(0)
+    assert not list((tmp_path / "cache").glob("*.block"))
 
 
 def test_a_manifest_survives_its_json(prepared: tuple[Path, Manifest]) -> None:

@@ -4,6 +4,7 @@ import collections
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from data_prep import spill as spill_module
 from data_prep.command import RunError
 from data_prep.config import Prep
 from data_prep.container import Container
-from data_prep.sources import Fault
+from data_prep.documents import Fault
 from data_prep.spill import CleanDocument, Counts, Spills, key_of, read_documents, spill, spill_path
 
 UNITS = [
@@ -131,7 +132,9 @@ def test_runs_of_any_size_give_the_same_documents(
     assert runs.counts == whole.counts
 
 
-def test_faults_are_kept_with_the_spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_are_kept_with_the_spill(
+    strip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fault = Fault("de.jsonl", 17, "not UTF-8", 5)
 
     def read_raw(unit, prep, faults):
@@ -140,8 +143,18 @@ def test_faults_are_kept_with_the_spill(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(spill_module, "read_raw", read_raw)
     for number in range(2):
-        spill(None, spill_path(tmp_path, number), Prep(), None, 4, 1)
+        spill(None, spill_path(tmp_path, number), Prep(), strip, 4, 1)
     assert Spills(tmp_path, 2, Prep()).faults == [fault, fault]
+
+
+def test_excluded_documents_are_counted_by_evaluation_file(
+    spill_units: Callable[..., Spills], tmp_path: Path
+) -> None:
+    units = [[("en", "evaluation 1"), ("de", "evaluation 2")], [("en", "evaluation 1")], UNITS[0]]
+    spills = spill_units(tmp_path, units)
+    assert spills.excluded_by == {"evaluation 1.jsonl": 2, "evaluation 2.jsonl": 1}
+    assert spills.counts["en", "documents_excluded"] == 2
+    assert spills.counts["en", "chars_excluded"] == 24
 
 
 def test_a_finished_unit_is_not_read_again(
@@ -153,14 +166,16 @@ def test_a_finished_unit_is_not_read_again(
     assert spill_path(tmp_path, 0).read_bytes() == before
 
 
-def test_a_unit_that_fails_leaves_no_spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_that_fails_leaves_no_spill(
+    strip: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def read_raw(unit, prep, faults):
         yield "de", "Text", 4
         raise RunError("de.jsonl cannot be read")
 
     monkeypatch.setattr(spill_module, "read_raw", read_raw)
     with pytest.raises(RunError, match="cannot be read"):
-        spill(None, spill_path(tmp_path, 0), Prep(), lambda _, text: (text, None), 4, 1)
+        spill(None, spill_path(tmp_path, 0), Prep(), strip, 4, 1)
     assert not spill_path(tmp_path, 0).exists()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.shards import ShardReader, generation, publish
 from tests.pipeline.conftest import POCKET
 from tests.pipeline.launch import fork, has_step, metrics, run, start, training, wait_for
 
@@ -183,3 +185,30 @@ def test_a_changed_recipe_is_refused_by_name(tiny: list[str], tmp_path: Path) ->
     allowed = run(longer, begin=fork)
     assert allowed.status == 0, allowed.output
     assert [line["step"] for line in training(tmp_path / "run")] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_the_shards_that_it_began_with(
+    tiny: list[str], straight, heldout_shards: Path, tmp_path: Path
+) -> None:
+    shards = Path(shutil.copytree(heldout_shards, tmp_path / "shards"))
+    arguments = [*tiny, f"--data.shards={shards}"]
+    with fork(arguments, stage="zero1") as running:
+        wait_for(has_step(tmp_path / "run", 5))
+        running.kill_everything()
+    began_with = ShardReader(str(shards))
+    first, *others = began_with.manifest.shards
+    assert first.language is None
+    newer = {"shards": tuple(others), "rows": began_with.manifest.rows - first.rows}
+    kept = shards / generation(began_with.digest)
+    text = (shards / "manifest.json").read_bytes()
+    publish(shards, dataclasses.replace(began_with.manifest, **newer))
+    refused = run(arguments, stage="zero1", begin=fork)
+    assert refused.status == 2, refused.output
+    assert "--allow_change 'data.shards (content)'" in refused.output
+    kept.parent.mkdir()
+    kept.write_bytes(text)
+    outcome = run(arguments, stage="zero1", begin=fork)
+    assert outcome.status == 0, outcome.output
+    assert student_bytes(tmp_path / "run") == student_bytes(straight("zero1", 1))
+    assert metrics(tmp_path / "run") == metrics(straight("zero1", 1))

@@ -366,7 +366,14 @@ def test_the_remedy_that_is_named_works(identity_of) -> None:
 FREE_CHANGES: dict[str, Any] = {
     "output_dir": "runs/elsewhere",
     "students": [Variant(name="x")],
-    "data": {"shards": "a-copy", "prepare": True, "row_log": True},
+    "data": {
+        "shards": "a-copy",
+        "prepare": True,
+        "row_log": True,
+        "verify": "always",
+        "cache_dir": "/local",
+        "cache_gb": 1.0,
+    },
     "train": {"save_every": 7, "keep_checkpoints": 7, "log_every": 7, "eval_every": 7},
 }
 

@@ -1,24 +1,30 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import fsspec
 import numpy as np
 import pytest
 import torch
 import webdataset
 
-from data_prep.command import RunError
+import pipeline.loader
+from data_prep.command import ConfigError, RunError
 from data_prep.shards import Block, ShardReader
-from pipeline.loader import Batch, Loader
+from pipeline.config import Recipe
+from pipeline.loader import Batch, Loader, open_shards
 from pipeline.masking import Masking
 from pipeline.models import load_tokenizer
 from pipeline.topology import Topology
@@ -77,7 +83,7 @@ def train_rows(folder: Path, which: str) -> list[Row]:
 
 
 def make_loader(
-    folder: Path,
+    folder: Path | str,
     rank: int = 0,
     world_size: int = 1,
     batch_size: int = 8,
@@ -322,8 +328,8 @@ def step_blocks(loader: Loader, step: int) -> set[int]:
 
 
 def finish_reading_ahead() -> None:
-    for thread in threading.enumerate():
-        if thread.name.startswith("read-step-"):
+    while reading := [t for t in threading.enumerate() if t.name.startswith("read-")]:
+        for thread in reading:
             thread.join()
 
 
@@ -400,6 +406,120 @@ def test_damage_ends_the_step_that_reads_it_also_when_it_was_read_ahead(
             loader.micro_batches(6)
         assert str(ahead.value) == str(not_ahead.value)
     assert_same(loader.micro_batches(1), make_loader(copy).micro_batches(1))
+
+
+# Remote shards
+
+
+class Slow:
+    """Reads of remote blocks that count how many go on at once, and can wait for each other."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.lock, self.now, self.most, self.blocks = threading.Lock(), 0, 0, Counter[int]()
+        plain: Callable[..., object] = ShardReader.read_block
+
+        def read_block(reader: ShardReader, index: int, *, language: str | None = None) -> object:
+            with self.lock:
+                self.now += 1
+                self.blocks[index] += 1
+                self.most = max(self.most, self.now)
+            time.sleep(0.005)
+            try:
+                return plain(reader, index, language=language)
+            finally:
+                with self.lock:
+                    self.now -= 1
+
+        monkeypatch.setattr(ShardReader, "read_block", read_block)
+
+
+@pytest.fixture
+def remote(shards: Path) -> Iterator[str]:
+    """The shards in a file system that is not local."""
+    memory = fsspec.filesystem("memory")
+    for path in shards.iterdir():
+        memory.pipe_file(f"/{shards.parent.name}/{path.name}", path.read_bytes())
+    yield f"memory://{shards.parent.name}"
+    finish_reading_ahead()
+    memory.rm(f"/{shards.parent.name}", recursive=True)
+
+
+@pytest.mark.parametrize("batch_size", [8, 64])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_remote_shards_give_the_same_batches(
+    shards: Path, remote: str, world_size: int, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [
+        make_loader(shards, rank, world_size, batch_size=batch_size) for rank in range(world_size)
+    ]
+    Slow(monkeypatch)
+    for rank, local in enumerate(expected):
+        far = make_loader(remote, rank, world_size, batch_size=batch_size)
+        for step in (0, 1, 2, 3, 9, 10, 2, 60, 61):
+            assert_same(far.micro_batches(step), local.micro_batches(step))
+        for language in ("de", "en"):
+            assert_same(far.heldout(language), local.heldout(language))
+
+
+def test_remote_blocks_are_read_at_once_and_once(
+    remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, loader = Slow(monkeypatch), make_loader(remote)
+    for step in range(3):  # with what is read ahead, less than an epoch
+        loader.micro_batches(step)
+        coming = set().union(*(step_blocks(loader, ahead) for ahead in range(step, step + 6)))
+        assert coming <= slow.blocks.keys()
+    finish_reading_ahead()
+    assert max(slow.blocks.values()) == 1
+    assert 1 < slow.most <= pipeline.loader.READS_AT_ONCE
+
+
+def test_a_large_step_reads_no_more_than_some_blocks_at_once(
+    remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline.loader, "READS_AT_ONCE", 3)
+    slow = Slow(monkeypatch)
+    make_loader(remote, batch_size=64).micro_batches(0)
+    finish_reading_ahead()
+    assert slow.most == 3
+
+
+def test_damage_of_a_remote_block_is_named_by_the_step_that_reads_it(
+    shards: Path, remote: str
+) -> None:
+    blocks = [step_blocks(make_loader(shards), step) for step in range(7)]
+    (damaged, *_) = blocks[6] - set().union(*blocks[:6])
+    block = ShardReader(str(shards)).blocks()[damaged]
+    path = f"/{shards.parent.name}/train-{damaged // 3:06d}.tar"
+    memory = fsspec.filesystem("memory")
+    data = bytearray(memory.cat_file(path))
+    data[block.offset + block.bytes // 2] ^= 1
+    memory.pipe_file(path, bytes(data))
+    loader = make_loader(remote)
+    for step in range(6):
+        assert_same(loader.micro_batches(step), make_loader(shards).micro_batches(step))
+    for _ in range(2):
+        with pytest.raises(RunError, match=rf"memory://.*train-{damaged // 3:06d}\.tar.*its CRC"):
+            loader.micro_batches(6)
+
+
+def test_a_recipe_says_how_shards_are_read(
+    shards: Path, tmp_path: Path, make_recipe: Callable[..., Recipe]
+) -> None:
+    cache = tmp_path / "cache"
+    recipe = make_recipe(
+        data={"shards": str(shards), "verify": "never", "cache_dir": str(cache), "cache_gb": 1e-6}
+    )
+    reader = open_shards(recipe)
+    expected = ShardReader(str(shards)).read_block(0)
+    assert all(np.array_equal(a, b) for a, b in zip(reader.read_block(0), expected, strict=True))
+    assert reader._verify == "never"
+    assert not list(cache.glob("*.block"))  # no block is as small as the bound
+    kept = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, cache_gb=1.0))
+    open_shards(kept).read_block(0)
+    assert len(list(cache.glob("*.block"))) == 1
+    with pytest.raises(ConfigError, match="holds other shards"):
+        open_shards(recipe, "ab" * 32)
 
 
 LEAVES = {
