@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from data_prep.command import ConfigError
 from data_prep.config import Prep
-from data_prep.tokens import DRAWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,21 +70,26 @@ def quotas(tokens: Mapping[str, int], prep: Prep) -> dict[str, int]:
 
 
 def doses(draws: Mapping[str, npt.NDArray[np.int64]], prep: Prep) -> dict[str, Dose]:
-    """Which documents make up each language's quota, to a part in about DRAWS of its text.
+    """Which documents make up each language's quota.
+
+    Documents are taken by whole draws, so a language gets less than its quota by less than one draw
+    has, which is about a part in DRAWS of its text. However small the quota is, it gets something.
 
     Args:
         draws: language -> [DRAWS] framed tokens of the documents of each draw.
         prep: the recipe's section.
+
+    Raises:
+        ConfigError: as `quotas`.
     """
     wanted = quotas({name: int(of_draw.sum()) for name, of_draw in draws.items()}, prep)
     found = {}
     for name, quota in wanted.items():
         copies, rest = divmod(quota, int(draws[name].sum()))
-        ends = np.cumsum(draws[name])
-        draw = int(np.searchsorted(ends, rest, side="right"))
-        if not copies and not draw:  # something of it, be it one document
-            draw = int(np.flatnonzero(draws[name])[0]) + 1
-        found[name] = Dose(copies, min(draw, DRAWS))
+        draw = int(np.searchsorted(np.cumsum(draws[name]), rest, side="right"))
+        if not copies:  # something of it, be it one document
+            draw = max(draw, int(np.flatnonzero(draws[name])[0]) + 1)
+        found[name] = Dose(copies, draw)
     return found
 
 

@@ -150,7 +150,7 @@ def _pour(
         if 0 < segment.length - length < MIN_PIECE:
             length = segment.length - MIN_PIECE  # leave a piece that is still worth a row's place
         if MIN_PIECE <= length < segment.length:
-            length = max(MIN_PIECE, shorten(segment, length))
+            length = shorten(segment, length)
         if length < MIN_PIECE and length < segment.length:
             rest.append(segment)  # no piece of it is worth this hole, which stays
             continue

@@ -22,7 +22,7 @@ from data_prep.mixing import Dose
 from data_prep.pack import FRAME, MIN_PIECE, Segment, cut, nearest_cut, pack
 from data_prep.spill import Counts
 from data_prep.tokenizer import Tokenizer
-from data_prep.tokens import DRAWS, TokenFiles, draw_of, framed
+from data_prep.tokens import DRAWS, TOKENISED, TokenFiles, draw_of, framed
 
 # `length` ids of the partition's file from `offset`; the frame around them is not counted.
 SEGMENT = np.dtype(
@@ -107,7 +107,7 @@ def take_heldout(files: TokenFiles, prep: Prep, languages: Sequence[str]) -> Hel
             open_ones[int(record["language"])].take(record, partition)
     for language, filler in fillers.items():
         held.rows[language] = Rows.of([row for row in filler.rows if row])
-        taken = np.array(filler.taken, dtype=files.documents(0).dtype)
+        taken = np.array(filler.taken, dtype=TOKENISED)
         held.draws[language] = np.bincount(
             draw_of(taken), weights=framed(taken["tokens"], prep.seq_len), minlength=DRAWS
         ).astype(np.int64)
@@ -252,8 +252,8 @@ class _Choice:
         self._files = files
         names = files.languages
         none = Dose(0, 0)
-        self._copies = np.array([doses.get(name, none).copies for name in names] or [0])
-        self._draw = np.array([doses.get(name, none).draw for name in names] or [0])
+        self._copies = np.array([doses.get(name, none).copies for name in names])
+        self._draw = np.array([doses.get(name, none).draw for name in names])
         nothing = (0, 0)  # no text's digest
         until_hi, until_lo = zip(*[until.get(name, nothing) for name in names], strict=True)
         self._hi, self._lo = np.array(until_hi, "<u8"), np.array(until_lo, "<u8")

@@ -6,6 +6,7 @@ system that all ranks share anyway, whichever MPI there is. Which rank does what
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -51,7 +52,8 @@ def share(
                     if not progress.disable:
                         progress.update(len(os.listdir(claims)) - progress.n)
             except BaseException:
-                (claims / _FAILED).touch()
+                with contextlib.suppress(OSError):  # what failed first is what should be said
+                    (claims / _FAILED).touch()
                 raise
 
     each(ranks, work_off)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +132,7 @@ def _write_run(
         write_run(writer, table, partition_of(table["hi"], num_partitions), num_partitions, texts)
 
 
-def _check_languages(languages: Sequence[str] | dict[str, int], prep: Prep) -> None:
+def _check_languages(languages: Collection[str], prep: Prep) -> None:
     if len(languages) > MAX_LANGUAGES:
         raise RunError(
             f"prep.lang_key={prep.lang_key!r} names more than {MAX_LANGUAGES} languages (the "

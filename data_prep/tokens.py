@@ -187,10 +187,13 @@ def _without_lines(
 
 
 def framed(tokens: npt.NDArray[Any], seq_len: int) -> npt.NDArray[np.int64]:
-    """Tokens of documents once they are cut to rows and each piece has its frame."""
-    tokens = tokens.astype(np.int64)
-    num_pieces: npt.NDArray[np.int64] = -(-tokens // (seq_len - FRAME))
-    return tokens + FRAME * num_pieces
+    """Tokens of documents once they are cut to rows and each piece has its frame.
+
+    A little too few where documents are cut before a row is full, between words.
+    """
+    content: npt.NDArray[np.int64] = tokens.astype(np.int64)
+    num_pieces: npt.NDArray[np.int64] = -(-content // (seq_len - FRAME))
+    return content + FRAME * num_pieces
 
 
 def draw_of(records: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -12,13 +13,17 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import settings
 
+from data_prep import spill as spill_module
 from data_prep.build_shards import build
 from data_prep.config import Prep, PrepRecipe
 from data_prep.ranks import OneRank
 from data_prep.shards import Manifest
+from data_prep.spill import Spills, spill, spill_path
 from data_prep.tokenizer import Tokenizer
 
 settings.register_profile("patient", deadline=None)  # a busy machine is not a failure
@@ -198,3 +203,68 @@ def mpirun() -> Path:
 def _few_threads() -> None:
     # tests run beside each other: a pool as wide as the machine for each only gets in the way
     os.environ.setdefault("RAYON_NUM_THREADS", "1")
+
+
+class Letters:
+    """A tokenizer whose ids are characters, so that a test can read what became of a text.
+
+    A word starts with the space before it, a sentence ends with its full stop. Tildes give no id.
+    """
+
+    cls_id, sep_id, pad_id = 1, 2, 0
+    vocab_size = 1 << 16
+    dtype = np.dtype(np.uint16)
+    starts_word = np.arange(vocab_size) == ord(" ")
+    ends_sentence = np.arange(vocab_size) == ord(".")
+
+    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        ids = [np.array([ord(c) for c in text if c != "~"], dtype=self.dtype) for text in texts]
+        return np.concatenate([np.zeros(0, self.dtype), *ids]), np.array([*map(len, ids)], np.int64)
+
+    def decode(self, ids: npt.NDArray[Any]) -> str:
+        return "".join(map(chr, ids.tolist()))
+
+
+@pytest.fixture(scope="session")
+def letters() -> Any:
+    return Letters()
+
+
+class Strip:
+    """A cleaner that takes white space from the ends, and excludes what an evaluation file says."""
+
+    def __init__(self) -> None:
+        self.excluded_by: collections.Counter[str] = collections.Counter()
+
+    def __call__(self, language: str, text: str) -> tuple[str | None, str | None]:
+        if text.startswith("evaluation"):
+            self.excluded_by[f"{text}.jsonl"] += 1
+            return None, "excluded"
+        return (text.strip(), None) if text.strip() else (None, "empty")
+
+
+@pytest.fixture(scope="session")
+def strip() -> Any:
+    return Strip()
+
+
+@pytest.fixture(scope="session")
+def spill_units(strip: Any) -> Callable[..., Spills]:
+    """Spills units that are lists of (language, text) in place of files; None is broken."""
+
+    def spill_all(
+        work: Path, units: Sequence[Any], *, of: int = 4, seed: int = 1, prep: Prep | None = None
+    ) -> Spills:
+        def read_raw(unit: Any, prep: Prep, faults: list[Any]) -> Any:
+            for language, text in unit:
+                yield language, text, 9 if text is None else len(text)
+
+        work.mkdir(parents=True, exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(spill_module, "read_raw", read_raw)
+            for number, unit in enumerate(units):
+                path = spill_path(work, number)
+                spill(unit, path, prep or Prep(), strip, of, seed)  # type: ignore[arg-type]
+        return Spills(work, len(units), prep or Prep())
+
+    return spill_all
