@@ -117,7 +117,7 @@ def _found(unit: Unit, prep: Prep, file_language: str) -> Iterator[Raw | DamageE
 
 
 def _language(value: object, file_language: str) -> str:
-    if not value:
+    if not value or value == file_language:
         return file_language
     return value if isinstance(value, str) and _LANGUAGE.fullmatch(value) else UNKNOWN
 

@@ -28,7 +28,7 @@ from data_prep.sources import find_sources, split
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "": lambda data: data,
     ".gz": gzip.compress,
-    ".xz": lzma.compress,
+    ".xz": lambda data: lzma.compress(data, preset=0),
     ".bz2": bz2.compress,
     ".zst": zstd.compress,
 }
@@ -296,7 +296,7 @@ def some_lines(count: int = 30_000) -> tuple[list[str], bytes]:
 def test_what_precedes_the_end_of_a_cut_file_is_kept(
     tmp_path: Path, suffix: str, kind: str
 ) -> None:
-    texts, data = some_lines(200_000)
+    texts, data = some_lines(80_000)
     path = tmp_path / f"en{kind}{suffix}"
     content = COMPRESS[suffix](data)
     content = content[: len(content) // 2]
@@ -307,16 +307,16 @@ def test_what_precedes_the_end_of_a_cut_file_is_kept(
     assert fault.offset == len(content)
     if kind == ".jsonl":  # a .txt file without a blank line is one document, and that is cut
         assert [raw.text for raw in raws[:-1]] == texts[: len(raws) - 1]
-        assert len(raws) > (60_000 if suffix != ".zst" else 1)
+        assert len(raws) > (20_000 if suffix != ".zst" else 1)
         assert fault.bytes < 100
     else:
         assert len(raws) == 1
-        assert fault.bytes > 1_000_000
+        assert fault.bytes > 500_000
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".bz2", ".zst"])
 def test_what_precedes_corrupt_bytes_is_kept(tmp_path: Path, suffix: str) -> None:
-    texts, data = some_lines(200_000)
+    texts, data = some_lines(80_000)
     path = tmp_path / f"en.jsonl{suffix}"
     half = COMPRESS[suffix](data)
     path.write_bytes(half + b"\x07 what is this" + b"\xff" * 100_000)
@@ -388,7 +388,9 @@ def test_csv_by_the_standard_librarys_reader(tmp_path: Path) -> None:
             path.write_bytes(compress(b"\xef\xbb\xbf" + stream.getvalue().encode()))
             raws, faults = read(path, unit_bytes=10)
             languages = ["sw", "en", "hi", "und"]
-            expected = [Raw(lg, row[1], len(row[1])) for lg, row in zip(languages, rows)]
+            expected = [
+                Raw(lg, row[1], len(row[1])) for lg, row in zip(languages, rows, strict=True)
+            ]
             assert raws == expected
             assert faults == []
 
@@ -477,7 +479,8 @@ def test_tables_in_units_of_any_size(tmp_path: Path, kind, format: str) -> None:
             writer.write_table(table, max_chunksize=90)
     names = ["sw", "en", "en", "und", "hi"] * 200
     expected = [
-        Raw(lg, t, len(t)) if t is not None else Raw("en", None, 0) for lg, t in zip(names, texts)
+        Raw(lg, t, len(t)) if t is not None else Raw("en", None, 0)
+        for lg, t in zip(names, texts, strict=True)
     ]
     (source,) = find_sources([str(path)])
     for unit_bytes in (1, 5000, WHOLE):
@@ -668,8 +671,10 @@ def test_a_line_of_half_a_gigabyte_is_passed_over(tmp_path: Path, repo: Path, su
     assert reason == f"a text of {2**29 + 1} bytes, over {documents and 2**26}"
 
 
-@pytest.mark.parametrize("content", [b"\0", b"\n", b" ", b"a\n"])
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".txt.zst"])
+@pytest.mark.parametrize(
+    ("suffix", "content"),
+    [(".jsonl.gz", b"\0"), (".jsonl.gz", b"\n"), (".txt.zst", b" "), (".txt.zst", b"a\n")],
+)
 def test_a_real_bomb(tmp_path: Path, repo: Path, suffix: str, content: bytes) -> None:
     compression = "." + suffix.rpartition(".")[2]
     path = tmp_path / f"en{suffix}"
