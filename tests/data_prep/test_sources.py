@@ -132,6 +132,13 @@ def test_a_digest_follows_the_content_and_not_the_file(tmp_path: Path) -> None:
         assert find_sources([f"{tmp_path}/a.txt"])[0].digest not in seen
 
 
+def test_a_digest_tells_sizes_of_the_same_samples(tmp_path: Path) -> None:
+    for name, size in (("a.txt", 2**21), ("b.txt", 2**21 + 1)):
+        (tmp_path / name).write_bytes(bytes(size))
+    a, b = find_sources([f"{tmp_path}/*.txt"])
+    assert a.digest != b.digest
+
+
 def test_a_large_file_is_not_read_for_its_digest(tmp_path: Path) -> None:
     path = tmp_path / "en.txt"
     with path.open("wb") as stream:
@@ -289,6 +296,9 @@ def test_a_file_system_of_fsspec(tmp_path: Path) -> None:
         assert sw.digest == find_sources([f"{tmp_path}/sw.jsonl"])[0].digest
         with pytest.raises(ConfigError, match="matches no file"):
             find_sources(["memory://corpus/*.txt"])
+        memory.pipe("/corpus/a/sw.jsonl", data[:1000])
+        with pytest.raises(RunError, match=r"sw\.jsonl .*only 1000 of \d+ bytes came"):
+            texts(sw)
     finally:
         memory.rm("/corpus", recursive=True)
 
