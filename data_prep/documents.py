@@ -22,6 +22,7 @@ from data_prep.streams import BLOCK, COMPRESSED_BLOCK, DamageError, inflate, ope
 
 UNKNOWN = "und"  # ISO 639's code for a language that is not determined
 MAX_TEXT = 2**26  # bytes of a line, and of a document of lines; a longer one is broken
+MAX_FIELD = 2**25  # characters of a field of .csv, each of which its parser keeps in four bytes
 MAX_FAULTS = 1000  # that are listed of a unit; all are counted
 _LANGUAGE = re.compile(r"[A-Za-z0-9_-]{1,32}")
 # blank lines after the end of another; possessive, so that a megabyte of spaces is looked at once
@@ -111,7 +112,7 @@ def _found(unit: Unit, prep: Prep, file_language: str) -> Iterator[Raw | DamageE
 
 
 def _language(value: object, file_language: str) -> str:
-    if not value:
+    if not value or value == file_language:
         return file_language
     return value if isinstance(value, str) and _LANGUAGE.fullmatch(value) else UNKNOWN
 
@@ -350,7 +351,7 @@ def _csv(unit: Unit, prep: Prep, file_language: str) -> Iterator[Raw | DamageErr
                     legible = False
                     yield line.decode("utf-8", "replace")
 
-    csv.field_size_limit(MAX_TEXT)
+    csv.field_size_limit(MAX_FIELD)
     dialect = "excel" if unit.source.format == "csv" else "excel-tab"
     with open_file(unit.source.url, unit.source.bytes) as stream:
         rows = csv.reader(decoded(stream), dialect, strict=True)

@@ -15,7 +15,7 @@ import fsspec
 
 from data_prep import tables
 from data_prep.command import ConfigError, RunError, one_line
-from data_prep.streams import DECODERS, is_remote, open_file, patiently
+from data_prep.streams import DECODERS, is_remote, may_pass, open_file, patiently
 
 TEXTS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".csv": "csv", ".tsv": "tsv"}
 TABLES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -145,13 +145,18 @@ def _remote_matches(pattern: str) -> Iterator[tuple[str, int | None]]:
             details = patiently()(system.glob, path, detail=True)
         else:
             details = {path: patiently()(system.info, path)}
-    except FileNotFoundError:
-        return
     except Exception as error:  # each of fsspec's file systems has errors of its own
+        why = one_line(error.__cause__ or error) or type(error).__name__
+        if may_pass(error):
+            raise RunError(
+                f"{pattern} cannot be looked up ({why}), so its text would be missing from the "
+                "corpus; mend the connection and start again, or take it out of prep.input"
+            ) from error
+        if isinstance(error, FileNotFoundError):
+            return
         raise ConfigError(
-            f"prep.input={pattern!r} cannot be looked up ({one_line(error) or type(error).__name__}"
-            "); correct it, install the package that its file system needs (s3fs, gcsfs, ...), or "
-            "mend the connection"
+            f"prep.input={pattern!r} cannot be looked up ({why}); correct it, or install the "
+            "package that its file system needs (s3fs, gcsfs, ...)"
         ) from error
     for name, info in details.items():
         if info["type"] == "file":

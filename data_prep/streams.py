@@ -99,18 +99,23 @@ def open_file(url: str, size: int, buffer_bytes: int = _REMOTE_BLOCK) -> BinaryI
 def patiently() -> tenacity.Retrying:
     """Calls again, with growing pauses, what fails for reasons that may pass."""
     return tenacity.Retrying(
-        retry=tenacity.retry_if_exception(_may_pass),
+        retry=tenacity.retry_if_exception(may_pass),
         stop=tenacity.stop_after_attempt(_ATTEMPTS),
         wait=tenacity.wait_exponential(multiplier=0.5, max=30),
         reraise=True,
     )
 
 
-def _may_pass(error: BaseException) -> bool:
-    status = getattr(error, "status", None)  # of HTTP, on aiohttp's errors
+def may_pass(error: BaseException) -> bool:
+    """Whether what failed may succeed when it is tried again."""
+    # over HTTP, fsspec says of whatever fails that there is no such file; the cause knows better
+    cause = error.__cause__ if isinstance(error, FileNotFoundError) else None
+    status = getattr(cause or error, "status", None)  # of HTTP, on aiohttp's errors
     if isinstance(status, int):
         return status in (408, 429) or status >= 500
     lasting = (FileNotFoundError, PermissionError, IsADirectoryError, ImportError, ValueError)
+    if cause is not None:
+        return isinstance(cause, OSError) and not isinstance(cause, lasting)
     return isinstance(error, Exception) and not isinstance(error, lasting)
 
 
@@ -158,7 +163,8 @@ class _Remote(io.RawIOBase):
     def _fetch(self, wanted: int) -> bytes:
         file, self._file = self._file, None  # one that fails is not asked again
         if file is None:
-            file = fsspec.open(self._url, "rb", cache_type="none").open()
+            system, path = fsspec.core.url_to_fs(self._url)
+            file = system.open(path, "rb", cache_type="none")
         file.seek(self._position)
         data = file.read(wanted)
         if len(data) != wanted:
