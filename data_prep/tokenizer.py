@@ -17,10 +17,6 @@ from data_prep.word_ids import SPACE, UnsupportedError, WordIds, byte_chars
 CHECKED_CHARS = 100_000  # of the first texts
 CHECKED_CHARS_OF_TEXT = 10_000
 
-# Unicode's Sentence_Terminal, without what only old texts hold, and the ellipsis.
-TERMINALS = frozenset(
-    ".!?…։՜՞؝؞؟۔܀܁܂߹࠷࠹࠽࠾।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼。꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？｡"
-)
 CLOSERS = "\"'’”»›)]}）］」』】》〉"  # may stand behind the end of a sentence
 
 # What tokenizers treat in ways of their own: joined with the words around it, split, or replaced.
@@ -218,12 +214,20 @@ def _marks(content: Mapping[str, Any]) -> tuple[str, ...]:
 def _ends_sentence(
     ids: Mapping[str, int], content: Mapping[str, Any], vocab_size: int
 ) -> npt.NDArray[np.bool_]:
-    """Which ids' text ends as sentences do."""
+    """Which ids' text ends as sentences do, in any script."""
+    from tokenizers import Regex, pre_tokenizers
+
     byte_of = {char: byte for byte, char in enumerate(byte_chars())}
     is_byte_level = len(_marks(content)) > 1
-    flags = np.zeros(vocab_size, np.bool_)
+    last = {}
     for piece, id_ in ids.items():
         if is_byte_level:
             piece = bytes(byte_of.get(char, 0) for char in piece).decode(errors="replace")
-        flags[id_] = piece.rstrip(CLOSERS)[-1:] in TERMINALS
+        last[id_] = piece.rstrip(CLOSERS)[-1:]
+    # The library's regular expressions know what Python's do not: which characters end sentences.
+    split = pre_tokenizers.Split(Regex(r"[^\p{Sentence_Terminal}…]+"), "removed")
+    found = split.pre_tokenize_str("".join(set(last.values())))
+    terminals = {char for chars, _ in found for char in chars}
+    flags = np.zeros(vocab_size, np.bool_)
+    flags[[id_ for id_, char in last.items() if char in terminals]] = True
     return flags

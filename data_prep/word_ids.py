@@ -36,8 +36,8 @@ NORMALIZERS = {
     *("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled"),
     *("StripAccents", "Strip"),
 }
-# Of those, what neither makes white space nor takes it away.
-SPACE_KEEPING = {"Lowercase", "NFC", "NFD", "NFKC", "NFKD"}
+# Of those, what neither makes spaces nor takes white space away.
+SPACE_KEEPING = {"Lowercase", "NFC", "NFD"}
 
 
 class UnsupportedError(Exception):
@@ -69,6 +69,7 @@ class WordIds:
         self._model = ctypes.c_void_p(model)
         weakref.finalize(self, library[f"{kind}_free"], self._model)
         self._learn = library[f"{kind}_learn"]
+        self._adds_space = content["pre_tokenizer"].get("add_prefix_space", False)
         self._words = ctypes.c_void_p(library.words_new())
         weakref.finalize(self, library.words_free, self._words)
 
@@ -100,10 +101,14 @@ class WordIds:
         seen = any(char in text for char in self._first_chars)
         return seen and self._separate.search(text) is not None
 
+    def _lead(self, text: str) -> str:
+        """What the pre-tokenizer puts before a text."""
+        return " " if self._adds_space and text[:1] not in ("", " ") else ""
+
     def _encode_plain(
         self, texts: Sequence[str]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        data = [text.encode() for text in texts]
+        data = [(self._lead(text) + text).encode() for text in texts]
         ends = np.cumsum([len(encoded) for encoded in data], dtype=np.int64)
         joined = b"".join(data)
         del data
@@ -222,10 +227,10 @@ def _bpe(library: ctypes.CDLL, model: Mapping[str, Any], byte_level: Mapping[str
             ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
         ),
     )
-    add_space = byte_level["add_prefix_space"]
+    given = {"trim_offsets", "add_prefix_space"}
     _check_options(
-        {name: byte_level[name] for name in set(byte_level) - {"trim_offsets"}},
-        {"type": "ByteLevel", "add_prefix_space": add_space, "use_regex": True},
+        {name: byte_level[name] for name in set(byte_level) - given},
+        {"type": "ByteLevel", "use_regex": True},
     )
     chars = byte_chars()
     if any(char not in vocab for char in chars):
@@ -243,7 +248,6 @@ def _bpe(library: ctypes.CDLL, model: Mapping[str, Any], byte_level: Mapping[str
         _at(byte_ids),
         _at(kinds),
         ctypes.c_int64(len(kinds)),
-        int(add_space),
     )
     return new
 
