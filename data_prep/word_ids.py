@@ -132,8 +132,8 @@ class WordIds:
 
 def _model(library: ctypes.CDLL, content: Mapping[str, Any]) -> tuple[str, int]:
     """What C calls the kind of model, and where its vocabulary lies there."""
-    pre_tokenizers = _parts(content["pre_tokenizer"], "pretokenizers")
-    normalizers = _parts(content["normalizer"], "normalizers")
+    pre_tokenizers = parts(content["pre_tokenizer"])
+    normalizers = parts(content["normalizer"])
     for part in normalizers:
         if part["type"] not in NORMALIZERS and not _replaces_spaces(part):
             raise UnsupportedError(f"its normaliser {part['type']} may look beyond a word")
@@ -149,13 +149,15 @@ def _model(library: ctypes.CDLL, content: Mapping[str, Any]) -> tuple[str, int]:
     raise UnsupportedError(f"no code is here for {' after '.join(kinds)} and its normaliser")
 
 
-def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """A normaliser or pre-tokenizer as the sequence of what it does."""
-    if part is None:
+def parts(of: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """A normaliser or pre-tokenizer of a tokenizer.json as the sequence of what it does."""
+    if of is None:
         return []
-    if part["type"] == "Sequence":
-        return [inner for outer in part[key] for inner in _parts(outer, key)]
-    return [part]
+    if of["type"] != "Sequence":
+        return [of]
+    return [
+        part for inner in of.get("normalizers", of.get("pretokenizers")) for part in parts(inner)
+    ]
 
 
 def _replaces_spaces(part: Mapping[str, Any]) -> bool:
