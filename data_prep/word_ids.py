@@ -69,7 +69,8 @@ class WordIds:
         self._model = ctypes.c_void_p(model)
         weakref.finalize(self, library[f"{kind}_free"], self._model)
         self._learn = library[f"{kind}_learn"]
-        self._adds_space = content["pre_tokenizer"].get("add_prefix_space", False)
+        first = parts(content["pre_tokenizer"])[0]
+        self._adds_space = first["type"] == "ByteLevel" and first["add_prefix_space"]
         self._words = ctypes.c_void_p(library.words_new())
         weakref.finalize(self, library.words_free, self._words)
 

@@ -320,6 +320,17 @@ def test_what_is_not_known_to_be_the_same_is_not_tried(
         fast(changed(backend_of(kind), change))
 
 
+@pytest.mark.parametrize("kind", ["spaced_bpe", "uncased_wordpiece"])
+def test_parts_in_sequences(backend_of, lines, kind: str) -> None:
+    def wrap(content: Any) -> None:
+        inner = {"type": "Sequence", "pretokenizers": [content["pre_tokenizer"]]}
+        content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [inner]}
+        if content["normalizer"]:
+            content["normalizer"] = {"type": "Sequence", "normalizers": [content["normalizer"]]}
+
+    assert_equal(changed(backend_of(kind), wrap), [*lines[:50], *PROBE])
+
+
 def test_added_tokens_in_normalised_text_are_not_tried(backend_of) -> None:
     backend = Tokenizer.from_str(backend_of("uncased_wordpiece").to_str())
     backend.add_tokens([AddedToken("Wort", normalized=True)])
