@@ -12,15 +12,11 @@ import numpy.typing as npt
 
 from data_prep.command import ConfigError, one_line, skip_unreachable_hub
 from data_prep.shards import id_dtype, tokenizer_fingerprint
-from data_prep.word_ids import SPACE, UnsupportedError, WordIds, byte_chars
+from data_prep.word_ids import SPACE, UnsupportedError, WordIds, byte_chars, parts
 
 CHECKED_CHARS = 100_000  # of the first texts
 CHECKED_CHARS_OF_TEXT = 10_000
 
-# Unicode's Sentence_Terminal, without what only old texts hold, and the ellipsis.
-TERMINALS = frozenset(
-    ".!?…։՜՞؝؞؟۔܀܁܂߹࠷࠹࠽࠾।॥၊။።፧፨᙮᜵᜶᠃᠉᥄᥅᪨᪩᪪᪫᭚᭛᭞᭟᰻᰼᱾᱿‼‽⁇⁈⁉⸮⸼。꓿꘎꘏꛳꛷꡶꡷꣎꣏꤯꧈꧉꩝꩞꩟꫰꫱꯫﹒﹖﹗！．？｡"
-)
 CLOSERS = "\"'’”»›)]}）］」』】》〉"  # may stand behind the end of a sentence
 
 # What tokenizers treat in ways of their own: joined with the words around it, split, or replaced.
@@ -202,33 +198,41 @@ def _starts_word(
     ids: Mapping[str, int], content: Mapping[str, Any], vocab_size: int
 ) -> npt.NDArray[np.bool_]:
     """Which ids begin a word, by the mark that pieces of the vocabulary bear."""
-    prefix, marks = content["model"].get("continuing_subword_prefix"), _marks(content)
+    inner = content["model"].get("continuing_subword_prefix")
+    marks: tuple[str, ...] = ("",)  # nothing is marked: every piece is a word
+    if _is_byte_level(content):
+        marks = tuple(byte_chars()[ord(space)] for space in " \t\n\v\f\r")
+    elif any(piece.startswith(SPACE) for piece in ids):
+        marks = (SPACE,)
     flags = np.zeros(vocab_size, np.bool_)
     for piece, id_ in ids.items():
-        if prefix:
-            flags[id_] = not piece.startswith(prefix)
-        else:
-            flags[id_] = piece.startswith(marks)
+        flags[id_] = not piece.startswith(inner) if inner else piece.startswith(marks)
     return flags
 
 
-def _marks(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """What pieces begin with where a word does; empty where nothing marks that."""
-    written = json.dumps([content["pre_tokenizer"], content["normalizer"], content["decoder"]])
-    if '"ByteLevel"' in written:
-        return tuple(byte_chars()[ord(space)] for space in " \t\n\v\f\r")
-    return (SPACE,) if '"Metaspace"' in written else ("",)
+def _is_byte_level(content: Mapping[str, Any]) -> bool:
+    """Whether the vocabulary spells bytes, each as a character."""
+    before = [*parts(content["normalizer"]), *parts(content["pre_tokenizer"])]
+    return any(part["type"] == "ByteLevel" for part in before)
 
 
 def _ends_sentence(
     ids: Mapping[str, int], content: Mapping[str, Any], vocab_size: int
 ) -> npt.NDArray[np.bool_]:
-    """Which ids' text ends as sentences do."""
+    """Which ids' text ends as sentences do, in any script."""
+    from tokenizers import Regex, pre_tokenizers
+
     byte_of = {char: byte for byte, char in enumerate(byte_chars())}
-    is_byte_level = len(_marks(content)) > 1
-    flags = np.zeros(vocab_size, np.bool_)
+    is_byte_level = _is_byte_level(content)
+    last = {}
     for piece, id_ in ids.items():
         if is_byte_level:
             piece = bytes(byte_of.get(char, 0) for char in piece).decode(errors="replace")
-        flags[id_] = piece.rstrip(CLOSERS)[-1:] in TERMINALS
+        last[id_] = piece.rstrip(CLOSERS)[-1:]
+    # The library's regular expressions know what Python's do not: which characters end sentences.
+    split = pre_tokenizers.Split(Regex(r"[^\p{Sentence_Terminal}…]+"), "removed")
+    found = split.pre_tokenize_str("".join(set(last.values())))
+    terminals = {char for chars, _ in found for char in chars}
+    flags = np.zeros(vocab_size, np.bool_)
+    flags[[id_ for id_, char in last.items() if char in terminals]] = True
     return flags

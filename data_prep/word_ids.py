@@ -36,8 +36,8 @@ NORMALIZERS = {
     *("BertNormalizer", "Lowercase", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Precompiled"),
     *("StripAccents", "Strip"),
 }
-# Of those, what neither makes white space nor takes it away.
-SPACE_KEEPING = {"Lowercase", "NFC", "NFD", "NFKC", "NFKD"}
+# Of those, what neither makes spaces nor takes white space away.
+SPACE_KEEPING = {"Lowercase", "NFC", "NFD"}
 
 
 class UnsupportedError(Exception):
@@ -69,6 +69,8 @@ class WordIds:
         self._model = ctypes.c_void_p(model)
         weakref.finalize(self, library[f"{kind}_free"], self._model)
         self._learn = library[f"{kind}_learn"]
+        first = parts(content["pre_tokenizer"])[0]
+        self._adds_space = first["type"] == "ByteLevel" and first["add_prefix_space"]
         self._words = ctypes.c_void_p(library.words_new())
         weakref.finalize(self, library.words_free, self._words)
 
@@ -100,10 +102,14 @@ class WordIds:
         seen = any(char in text for char in self._first_chars)
         return seen and self._separate.search(text) is not None
 
+    def _lead(self, text: str) -> str:
+        """What the pre-tokenizer puts before a text."""
+        return " " if self._adds_space and text[:1] not in ("", " ") else ""
+
     def _encode_plain(
         self, texts: Sequence[str]
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        data = [text.encode() for text in texts]
+        data = [(self._lead(text) + text).encode() for text in texts]
         ends = np.cumsum([len(encoded) for encoded in data], dtype=np.int64)
         joined = b"".join(data)
         del data
@@ -127,8 +133,8 @@ class WordIds:
 
 def _model(library: ctypes.CDLL, content: Mapping[str, Any]) -> tuple[str, int]:
     """What C calls the kind of model, and where its vocabulary lies there."""
-    pre_tokenizers = _parts(content["pre_tokenizer"], "pretokenizers")
-    normalizers = _parts(content["normalizer"], "normalizers")
+    pre_tokenizers = parts(content["pre_tokenizer"])
+    normalizers = parts(content["normalizer"])
     for part in normalizers:
         if part["type"] not in NORMALIZERS and not _replaces_spaces(part):
             raise UnsupportedError(f"its normaliser {part['type']} may look beyond a word")
@@ -144,13 +150,15 @@ def _model(library: ctypes.CDLL, content: Mapping[str, Any]) -> tuple[str, int]:
     raise UnsupportedError(f"no code is here for {' after '.join(kinds)} and its normaliser")
 
 
-def _parts(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    """A normaliser or pre-tokenizer as the sequence of what it does."""
-    if part is None:
+def parts(of: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """A normaliser or pre-tokenizer of a tokenizer.json as the sequence of what it does."""
+    if of is None:
         return []
-    if part["type"] == "Sequence":
-        return [inner for outer in part[key] for inner in _parts(outer, key)]
-    return [part]
+    if of["type"] != "Sequence":
+        return [of]
+    return [
+        part for inner in of.get("normalizers", of.get("pretokenizers")) for part in parts(inner)
+    ]
 
 
 def _replaces_spaces(part: Mapping[str, Any]) -> bool:
@@ -222,10 +230,10 @@ def _bpe(library: ctypes.CDLL, model: Mapping[str, Any], byte_level: Mapping[str
             ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
         ),
     )
-    add_space = byte_level["add_prefix_space"]
+    given = {"trim_offsets", "add_prefix_space"}
     _check_options(
-        {name: byte_level[name] for name in set(byte_level) - {"trim_offsets"}},
-        {"type": "ByteLevel", "add_prefix_space": add_space, "use_regex": True},
+        {name: byte_level[name] for name in set(byte_level) - given},
+        {"type": "ByteLevel", "use_regex": True},
     )
     chars = byte_chars()
     if any(char not in vocab for char in chars):
@@ -243,7 +251,6 @@ def _bpe(library: ctypes.CDLL, model: Mapping[str, Any], byte_level: Mapping[str
         _at(byte_ids),
         _at(kinds),
         ctypes.c_int64(len(kinds)),
-        int(add_space),
     )
     return new
 

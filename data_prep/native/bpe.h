@@ -24,8 +24,7 @@ typedef struct {
   uint64_t mask; /* slots of merges, less one */
   uint8_t *kinds; /* of code points */
   int32_t byte_ids[256];
-  int add_space;
-  Growing symbols, heap, spaced; /* Symbol, Candidate, uint8 */
+  Growing symbols, heap; /* Symbol, Candidate: of one word */
 } Bpe;
 
 static inline const Merge *find_merge(const Bpe *bpe, int32_t left, int32_t right) {
@@ -38,7 +37,7 @@ static inline const Merge *find_merge(const Bpe *bpe, int32_t left, int32_t righ
 
 /* Merge r makes made[r] of lefts[r] and rights[r]; of a pair given twice the last counts. */
 Bpe *bpe_new(const int32_t *lefts, const int32_t *rights, const int32_t *made, int64_t num_merges,
-             const int32_t *byte_ids, const uint8_t *kinds, int64_t num_chars, int add_space) {
+             const int32_t *byte_ids, const uint8_t *kinds, int64_t num_chars) {
   Bpe *bpe = calloc(1, sizeof *bpe);
   if (!bpe) abort();
   for (bpe->mask = 1; bpe->mask < 2 * (uint64_t)num_merges; bpe->mask *= 2);
@@ -52,7 +51,6 @@ Bpe *bpe_new(const int32_t *lefts, const int32_t *rights, const int32_t *made, i
         (Merge){(uint64_t)lefts[i] << 32 | (uint32_t)rights[i], i, made[i]};
   memcpy(bpe->kinds, kinds, num_chars);
   memcpy(bpe->byte_ids, byte_ids, sizeof bpe->byte_ids);
-  bpe->add_space = add_space;
   return bpe;
 }
 
@@ -61,7 +59,6 @@ void bpe_free(Bpe *bpe) {
   free(bpe->kinds);
   free(bpe->symbols.data);
   free(bpe->heap.data);
-  free(bpe->spaced.data);
   free(bpe);
 }
 
@@ -149,13 +146,6 @@ static const uint8_t *word_end(const Bpe *bpe, const uint8_t *at, const uint8_t 
 
 /* Append the ids of normalised text. */
 static void bpe_put(Bpe *bpe, const uint8_t *text, const uint8_t *end, Growing *out) {
-  if (bpe->add_space && text < end && !space_bytes(text, end)) {
-    bpe->spaced.used = 0;
-    append(&bpe->spaced, " ", 1, 1);
-    append(&bpe->spaced, text, end - text, 1);
-    text = bpe->spaced.data;
-    end = text + bpe->spaced.used;
-  }
   while (text < end) {
     const uint8_t *stop = word_end(bpe, text, end);
     bpe_put_word(bpe, text, stop - text, out);

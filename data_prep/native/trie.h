@@ -21,12 +21,19 @@ static int fits(const Unit *units, int32_t base, const uint8_t *labels, int coun
   return 1;
 }
 
-/* Only the last blocks are searched: those before are almost full. */
-static int32_t find_base(Growing *units, const uint8_t *labels, int count) {
-  const Unit *unit = units->data;
-  int64_t at = units->used > 64 * 256 ? units->used - 64 * 256 : 0;
-  for (; at < units->used; at++)
-    if (unit[at].parent < 0 && fits(unit, at ^ labels[0], labels, count)) return at ^ labels[0];
+/* The search begins at *from, which moves on once what follows it is almost full. */
+static int32_t find_base(Growing *units, int64_t *from, const uint8_t *labels, int count) {
+  int64_t taken = 0;
+  for (int64_t at = *from; at < units->used; at++) {
+    const Unit *unit = units->data;
+    if (unit[at].parent >= 0) {
+      taken++;
+    } else if (fits(unit, at ^ labels[0], labels, count)) {
+      if (taken > (at - *from) * 15 / 16) *from = at;
+      return at ^ labels[0];
+    }
+  }
+  if (taken > (units->used - *from) * 15 / 16) *from = units->used;
   return new_block(units);
 }
 
@@ -41,8 +48,8 @@ static inline int64_t piece_start(const Pieces *pieces, int64_t piece) {
 }
 
 /* Put the pieces first..last - 1, which share their first `depth` bytes, below a unit. */
-static void add_pieces(Growing *units, const Pieces *pieces, int64_t first, int64_t last,
-                       int32_t node, int64_t depth) {
+static void add_pieces(Growing *units, int64_t *from, const Pieces *pieces, int64_t first,
+                       int64_t last, int32_t node, int64_t depth) {
   if (piece_start(pieces, first) + depth == pieces->ends[first])
     ((Unit *)units->data)[node].id = pieces->ids[first++];
   uint8_t labels[256];
@@ -56,11 +63,11 @@ static void add_pieces(Growing *units, const Pieces *pieces, int64_t first, int6
   }
   if (!count) return;
   starts[count] = last;
-  const int32_t base = find_base(units, labels, count);
+  const int32_t base = find_base(units, from, labels, count);
   ((Unit *)units->data)[node].base = base;
   for (int i = 0; i < count; i++) ((Unit *)units->data)[base ^ labels[i]].parent = node;
   for (int i = 0; i < count; i++)
-    add_pieces(units, pieces, starts[i], starts[i + 1], base ^ labels[i], depth + 1);
+    add_pieces(units, from, pieces, starts[i], starts[i + 1], base ^ labels[i], depth + 1);
 }
 
 /* Pieces in the order of their bytes, each once, none empty. */
@@ -68,7 +75,8 @@ static Growing new_trie(Pieces pieces, int64_t num_pieces) {
   Growing units = {0};
   new_block(&units);
   ((Unit *)units.data)[0].parent = 0; /* the root is taken */
-  add_pieces(&units, &pieces, 0, num_pieces, 0, 0);
+  int64_t from = 0;
+  add_pieces(&units, &from, &pieces, 0, num_pieces, 0, 0);
   return units;
 }
 

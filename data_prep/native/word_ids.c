@@ -1,4 +1,4 @@
-/* The ids of text, word by word: those of words met before are looked up. See data_prep/word_ids.py.
+/* The ids of text, word by word, where those of words met before are looked up. See word_ids.py.
 
    A word is white space and what follows it up to the next: "a b\n c" is "a", " b", "\n c". Only
    spaces, tabs and line breaks begin one, as normalising may take away other white space, and only
