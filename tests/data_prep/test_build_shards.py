@@ -457,7 +457,12 @@ def truncated(tmp_path: Path) -> Path:
         ({}, ["--prep.seqlen", "3"], 2, "unknown key 'prep.seqlen'"),
         ({"seq_len": "wide"}, [], 2, "prep.seq_len: expected int"),
         ({"input": ["none/*.jsonl"]}, [], 2, "prep.input='none/*.jsonl' matches no file"),
-        ({"input": [truncated]}, [], 1, "en.jsonl.gz cannot be read to its end"),
+        (
+            {"input": [truncated], "on_error": "stop"},
+            [],
+            1,
+            "en.jsonl.gz has a fault at 8742: a gz file that was cut off",
+        ),
     ],
 )
 def test_refusals_and_failures_are_one_line_and_a_status(
@@ -471,7 +476,7 @@ def test_refusals_and_failures_are_one_line_and_a_status(
     said: str,
 ) -> None:
     if changes.get("input") == [truncated]:
-        changes = {"input": [str(truncated(tmp_path))]}
+        changes = {**changes, "input": [str(truncated(tmp_path))]}
     words = arguments(small_prep, output_dir=str(tmp_path / "out"), **changes)
     done = command(*words, *more, ranks=ranks)
     assert done.returncode == status, done.stderr
@@ -523,7 +528,11 @@ def test_the_rank_that_knows_why_is_heard_before_the_launcher_ends_it(
         "command.one_line = lambda error: (time.sleep(3), one_line(error))[1]\n"
         "runpy.run_module('data_prep.build_shards', run_name='__main__')\n"
     )
-    changes = {"input": [str(truncated(tmp_path))], "output_dir": str(tmp_path / "out")}
+    changes = {
+        "input": [str(truncated(tmp_path))],
+        "output_dir": str(tmp_path / "out"),
+        "on_error": "stop",
+    }
     done = subprocess.run(
         [mpirun, "-n", "2", sys.executable, "-c", program, *arguments(small_prep, **changes)[1:]],
         cwd=repo,
@@ -533,7 +542,7 @@ def test_the_rank_that_knows_why_is_heard_before_the_launcher_ends_it(
         check=False,
     )
     assert done.returncode == 1
-    assert "en.jsonl.gz cannot be read to its end" in done.stderr
+    assert "en.jsonl.gz has a fault at 8742" in done.stderr
 
 
 def test_a_bug_on_one_rank_ends_all_of_them(mpirun: Path, repo: Path, small_prep, tmp_path) -> None:

@@ -137,7 +137,8 @@ def test_samples_are_the_text_that_was_prepared(
     assert len(german) == 4
     assert all(any(part in text for text in texts["de"]) for part in german)  # rows cut some texts
     swahili = [line.removeprefix("[sw] ") for line in shown if line.startswith("[sw]")]
-    assert "".join(swahili) == "Habari ya asubuhi."
+    orders = itertools.permutations(swahili)
+    assert "Habari ya asubuhi." in {"".join(pieces) for pieces in orders}
 
 
 HOSTILE = "<script>alert('x')</script> & <img src=x onerror=alert(1)> \u001b[31m"
@@ -216,7 +217,7 @@ def test_a_url_is_inspected_like_a_folder(
     prepared: tuple[Path, Manifest], capsys: pytest.CaptureFixture[str]
 ) -> None:
     memory = fsspec.filesystem("memory")
-    for path in prepared[0].iterdir():
+    for path in filter(Path.is_file, prepared[0].iterdir()):
         memory.pipe_file(f"/inspected/{path.name}", path.read_bytes())
     for url in (str(prepared[0]), "memory://inspected"):
         assert main([url, "--samples", "0"]) == 0
