@@ -41,13 +41,15 @@ from data_prep.durable import write_durably
 from data_prep.estimate import check_disk, estimate_table
 from data_prep.generations import Base, carry_rows, finish_index, known_documents, load_base
 from data_prep.mixing import Dose, doses, mix_table, quotas
+from data_prep.overlap import find_files
 from data_prep.plan import Groups, block_slices, heldout_path, plan_group, rows_path, take_heldout
 from data_prep.ranks import Ranks, connect, each, launched_rank, on_rank_0
 from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publish, write_tar
 from data_prep.sharing import share
+from data_prep.similar import near_duplicate_bands
 from data_prep.sources import Source, Unit, find_sources, split
 from data_prep.spill import Counts, Spills, spill, spill_path
-from data_prep.summary import heldout_warning, summary_table, write_faults
+from data_prep.summary import heldout_warning, report_losses, summary_table
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import Removals, TokenFiles, tokenise, tokens_path
 
@@ -55,6 +57,7 @@ MIB = 1 << 20
 EXPANSION = 4  # text of a compressed or columnar file, over its size: only sizes work by it
 PARTITION_BYTES, FEWEST_FULL_PARTITIONS, MOST_PARTITIONS = 64 * MIB, 16, 1 << 16
 UNITS_AT_LEAST, LARGEST_UNIT = 256, 64 * MIB
+ANNOUNCED_BYTES = 1 << 30  # of text, from which its mix is estimated beforehand
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,7 +183,7 @@ def build(recipe: PrepRecipe, ranks: Ranks, *, append: bool = False) -> None:
     base = on_rank_0(ranks, lambda: load_base(folder, recipe, tokenizer)) if append else None
     if base is not None:
         sources = [source for source in sources if source.digest not in base.manifest.sources]
-    settings = _settings_digest(recipe, sources, tokenizer, base)
+    settings = on_rank_0(ranks, lambda: _settings_digest(recipe, sources, tokenizer, base))
 
     def is_finished() -> bool:
         return not sources if base is not None else is_prepared(folder, settings)
@@ -216,8 +219,11 @@ def _settings_digest(
 ) -> str:
     """Names the work: a restart goes on with an equal digest."""
     prep = dataclasses.asdict(recipe.prep)
-    for key in ("input", "output_dir", "tokenizer", "on_error"):
+    for key in ("input", "output_dir", "tokenizer", "on_error", "exclude"):
         del prep[key]
+    prep["exclude"] = sorted(
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in find_files(recipe.prep.exclude)
+    )
     named = {
         "format_version": FORMAT_VERSION,
         "prep": prep,
@@ -231,7 +237,7 @@ def _settings_digest(
 
 def _prepare(job: _Job) -> Callable[[], Manifest]:
     """The stages. Returns what makes the manifest, once they are all done."""
-    on_rank_0(job.ranks, lambda: check_disk(job.folder, job.text_bytes, job.tokenizer))
+    on_rank_0(job.ranks, lambda: _announce(job))
     units: list[Unit] = on_rank_0(job.ranks, job.units)
     read = _read(job, units)
     before = set(job.base.manifest.tokens) if job.base else set()
@@ -250,7 +256,7 @@ def _prepare(job: _Job) -> Callable[[], Manifest]:
         ids = each(job.ranks, lambda: TokenFiles([*paths, carried[0]], languages))
         rows = [carried[1], *rows]
     tasks = _write(job, ids, each(job.ranks, lambda: RowFiles(rows)), mix["heldout_rows"])
-    on_rank_0(job.ranks, lambda: write_faults(job.folder, read["faults"]))
+    on_rank_0(job.ranks, lambda: report_losses(job.folder, read))
 
     def make_manifest() -> Manifest:
         parts = [read, {"counts": files.counts().to_json()}, mix, *packed]
@@ -259,9 +265,19 @@ def _prepare(job: _Job) -> Callable[[], Manifest]:
     return make_manifest
 
 
+def _announce(job: _Job) -> None:
+    """Before the long work starts: is there room, and what will there be of each language?"""
+    check_disk(job.folder, job.text_bytes, job.tokenizer)
+    if job.text_bytes >= ANNOUNCED_BYTES and not (job.work / "read.done").exists():
+        text = estimate_table(job.sources, job.prep, job.tokenizer, job.recipe.seed, samples=4)
+        print(text, flush=True)
+
+
 def _read(job: _Job, units: Sequence[Unit]) -> Any:
     """Read and clean all text; gives its languages, what was counted and what cannot be read."""
     cleaner = each(job.ranks, lambda: Cleaner(job.prep))
+    if job.prep.near_duplicates is not None:  # what it needs is missing now or never
+        each(job.ranks, lambda: near_duplicate_bands([], job.prep.near_duplicates or 1.0))
 
     def read(index: int) -> None:
         path = spill_path(job.work, index)

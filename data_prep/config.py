@@ -17,7 +17,7 @@ class Prep:
     """How raw text becomes shards.
 
     Args:
-        input: globs of .jsonl, .jsonl.gz, .txt or .txt.gz files.
+        input: paths, globs and URLs of text; docs/inputs.md says of which kinds.
         output_dir: folder that the shards and manifest.json are written to.
         tokenizer: hub id or folder of the tokenizer; null is the teacher's own.
         seq_len: token ids in a row.

@@ -22,7 +22,6 @@ from data_prep.spill import CleanDocument, Counts, read_documents
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import framed
 
-SAMPLES = 16  # of each format and language, at most
 SAMPLE_BYTES = 1 << 20
 _COMPRESS: dict[str | None, Callable[[bytes], bytes]] = {
     "xz": lzma.compress,
@@ -56,10 +55,19 @@ def check_disk(folder: Path, text_bytes: int, tokenizer: Tokenizer) -> None:
         )
 
 
-def estimate_table(sources: list[Source], prep: Prep, tokenizer: Tokenizer, seed: int) -> str:
+def estimate_table(
+    sources: list[Source], prep: Prep, tokenizer: Tokenizer, seed: int, *, samples: int = 16
+) -> str:
     """Tokens and language mix, estimated from samples, and the disk space needed, for people.
 
     Duplicates are not seen in samples, so less may be left.
+
+    Args:
+        sources: the text.
+        prep: the recipe's section.
+        tokenizer: that will be used.
+        seed: of the choice of samples.
+        samples: of each language and format, at most, of SAMPLE_BYTES each.
 
     Raises:
         ConfigError: as `mix_table`.
@@ -78,7 +86,7 @@ def estimate_table(sources: list[Source], prep: Prep, tokenizer: Tokenizer, seed
     text = 0.0
     for units in groups.values():
         total = sum(unit.bytes for unit in units)
-        chosen = random_.sample(units, min(SAMPLES, len(units)))
+        chosen = random_.sample(units, min(samples, len(units)))
         rates: list[dict[str, float]] = []
         for unit in chosen:
             sampled, tokens, size = _sample(unit, prep, cleaner, tokenizer)

@@ -56,20 +56,21 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ConfigError(f"--samples {options.samples} is below 0; use 0 for none, or more")
     if options.blocks < 1:
         raise ConfigError(f"--blocks {options.blocks} is below 1; use 1 or more")
-    if options.samples and not options.tokenizer:
+
+
+def _decoder(source: str | None, reader: ShardReader) -> Callable[[npt.NDArray[Any]], str]:
+    source = source or reader.manifest.tokenizer
+    if not source:
         raise ConfigError(
-            f"--samples {options.samples} needs the tokenizer that made the shards, which their "
-            "manifest does not name; name it with --tokenizer, or use --samples 0"
+            f"samples need the tokenizer that made {reader.url}, which its manifest does not name; "
+            "name it with --tokenizer, or use --samples 0"
         )
-
-
-def _decoder(source: str, reader: ShardReader) -> Callable[[npt.NDArray[Any]], str]:
     tokenizer = Tokenizer(source)
     if tokenizer.fingerprint != reader.manifest.tokenizer_fingerprint:
         raise ConfigError(
-            f"--tokenizer {source} is not the one that made {reader.url} (fingerprint "
+            f"the tokenizer {source!r} is not the one that made {reader.url} (fingerprint "
             f"{tokenizer.fingerprint[:12]}, not {reader.manifest.tokenizer_fingerprint[:12]}), so "
-            "samples would be other words; name that one"
+            "samples would be other words; name that one with --tokenizer"
         )
     return tokenizer.decode
 

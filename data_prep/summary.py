@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,17 @@ def summary_table(manifest: Manifest, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def write_faults(folder: Path, faults: Sequence[Sequence[Any]]) -> None:
-    """List what cannot be read beside the shards, and warn of it; nothing where all can be.
+def report_losses(folder: Path, read: Mapping[str, Any]) -> None:
+    """Say which evaluation files text was dropped for, and list what cannot be read.
 
     Args:
-        folder: of the shards.
-        faults: url, offset, reason and bytes of each.
+        folder: of the shards, where the list goes.
+        read: what the first stage gives: `excluded_by`, evaluation file -> documents, and `faults`,
+            the url, offset, reason and bytes of each.
     """
+    for file, number in sorted(read["excluded_by"].items()):
+        print(f"excluded: {number:,} documents that share text with {file}", flush=True)
+    faults: Sequence[Sequence[Any]] = read["faults"]
     if not faults:
         return
     path = folder / FAULTS

@@ -128,7 +128,7 @@ def tokenise(
         offset = 0
         for start, stop in _batches(documents.records["bytes"]):
             texts = [
-                _without_lines(documents, i, lines, table, counts, spills)
+                _without_lines(documents, i, lines, table, counts, spills, prep.min_chars)
                 for i in range(start, stop)
             ]
             ids, lengths = tokenizer.encode(texts)
@@ -171,6 +171,7 @@ def _without_lines(
     table: npt.NDArray[np.void],
     counts: Counts,
     spills: Spills,
+    min_chars: int,
 ) -> str:
     """A document's text in one line, less the lines that go; adjusts its characters in `table`."""
     text = documents.text(index)
@@ -181,6 +182,9 @@ def _without_lines(
         left = "\n".join(kept)
         language = spills.languages[int(record["language"])]
         counts.drop(language, "duplicate_line", len(text) - len(left), documents=not left)
+        if 0 < len(left) < min_chars:
+            counts.drop(language, "short", len(left))
+            left = ""
         table["chars"][index] = len(left)
         text = left
     return text.replace("\n", " ")
