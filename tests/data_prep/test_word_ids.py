@@ -43,7 +43,9 @@ KINDS = (
 )
 each_kind = pytest.mark.parametrize("kind", KINDS)
 # What byte-level BPE is to merge, or would if its words were others.
-RUNS = "we'll they're I've I'm he'd it's don't  two   three    four \n five\n\nsix \n  aaaa aaa ----- \n"
+RUNS = (
+    "we'll they're I've I'm he'd it's don't  two   three    four \n five\n\nsix \n  aaaa aaa --- \n"
+)
 CHARS = sorted({char for text in PROBE for char in text})
 
 
