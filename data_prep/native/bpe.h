@@ -133,7 +133,7 @@ static inline int ending_bytes(const uint8_t *at, const uint8_t *end) {
 static const uint8_t *word_end(const Bpe *bpe, const uint8_t *at, const uint8_t *end) {
   const int ending = ending_bytes(at, end);
   if (ending) return at + ending;
-  const uint8_t *stop = at + (*at == ' ' && at + 1 < end && kind_at(bpe, at + 1) != WHITE);
+  const uint8_t *stop = at + (*at == ' ' && at + 1 < end);
   const int kind = kind_at(bpe, stop);
   const uint8_t *last = stop;
   while (stop < end && kind_at(bpe, stop) == kind) {

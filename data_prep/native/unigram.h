@@ -83,7 +83,6 @@ static void unigram_put_word(Unigram *unigram, const uint8_t *word, int64_t byte
     if (start == reach) {
       after_unk = put_path(unigram, best, start - origin, after_unk, out);
       origin = start;
-      best[0].score = score;
     }
     const int64_t next = start + char_bytes(word[start]);
     int has_char = 0;
