@@ -41,7 +41,9 @@ def cut(
     while len(starts_word) - start > longest:
         stop = start + longest
         near = np.arange(max(start + 1, stop - longest // SENTENCE_REACH), stop + 1)
-        at_sentences = near[ends_sentence[near - 1] & starts_word[near]]
+        # In a script without spaces no word's start is marked.
+        marks_words = starts_word[stop - longest // WORD_REACH : stop + 1].any()
+        at_sentences = near[ends_sentence[near - 1] & (starts_word[near] | ~marks_words)]
         length = (
             int(at_sentences[-1]) - start
             if len(at_sentences)

@@ -72,9 +72,11 @@ def naive_cut(starts_word: list[bool], ends_sentence: list[bool], seq_len: int) 
     if len(starts_word) <= longest:
         return [len(starts_word)] if starts_word else []
     piece = None
+    marks_words = any(starts_word[longest - longest // WORD_REACH : longest + 1])
     for length in range(longest, max(1, longest - longest // SENTENCE_REACH) - 1, -1):
-        if piece is None and ends_sentence[length - 1] and starts_word[length]:
-            piece = length
+        if piece is None and ends_sentence[length - 1]:
+            if starts_word[length] or not marks_words:
+                piece = length
     piece = piece or naive_word(starts_word, longest)
     return [piece, *naive_cut(starts_word[piece:], ends_sentence[piece:], seq_len)]
 
@@ -200,3 +202,12 @@ def test_pieces_cut_off_are_worth_their_frame() -> None:
     for shorten in (anywhere, lambda segment, length: 1):
         rows = pack(segments, 128, shorten)
         assert min(s.length for row in rows for s in row) >= MIN_PIECE
+
+
+def test_text_without_spaces_is_cut_after_a_sentence() -> None:
+    tokens, longest = 1000, 510
+    starts_word, ends_sentence = np.zeros((2, tokens), dtype=bool)
+    ends_sentence[[100, 505, 507]] = True
+    assert cut(starts_word, ends_sentence, longest + FRAME) == [508, 492]
+    starts_word[[504, 509]] = True  # words are marked, and none starts after the sentence: "3.14"
+    assert cut(starts_word, ends_sentence, longest + FRAME)[0] == 509

@@ -437,7 +437,7 @@ class Slow:
 def remote(shards: Path) -> Iterator[str]:
     """The shards in a file system that is not local."""
     memory = fsspec.filesystem("memory")
-    for path in shards.iterdir():
+    for path in filter(Path.is_file, shards.iterdir()):
         memory.pipe_file(f"/{shards.parent.name}/{path.name}", path.read_bytes())
     yield f"memory://{shards.parent.name}"
     finish_reading_ahead()
