@@ -277,17 +277,12 @@ class _Choice:
                 (copy < copies) | ((copy == copies) & (draw_of(records) < self._draw[language]))
             )
             if copy == 0:
-                self._count(counts, records[chosen], "train")
-                self._count(counts, records[free & ~chosen], "mixing")
+                counts.drop_records(self._files.languages, records[chosen], "train")
+                counts.drop_records(self._files.languages, records[free & ~chosen], "mixing")
             if chosen.any():
                 ids = self._files.tokens(source)
                 parts.append(_segments(records[chosen], source, ids, prep.seq_len, tokenizer))
         return np.concatenate([np.zeros(0, SEGMENT), *parts])
-
-    def _count(self, counts: Counts, records: npt.NDArray[np.void], rule: str) -> None:
-        for place in np.unique(records["language"]).tolist():
-            chars = records["chars"][records["language"] == place]
-            counts.drop(self._files.languages[place], rule, int(chars.sum()), len(chars))
 
 
 def _segments(

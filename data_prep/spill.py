@@ -38,6 +38,14 @@ class Counts(collections.Counter[tuple[str, str]]):
         self[language, f"documents_{rule}"] += documents
         self[language, f"chars_{rule}"] += chars
 
+    def drop_records(
+        self, languages: Sequence[str], records: npt.NDArray[np.void], rule: str
+    ) -> None:
+        """Count documents by their records' `chars` and `language`, a place in `languages`."""
+        for place in np.unique(records["language"]).tolist():
+            chars = records["chars"][records["language"] == place]
+            self.drop(languages[place], rule, int(chars.sum()), len(chars))
+
     def to_json(self) -> list[tuple[str, str, int]]:
         """Sorted entries."""
         return [(*key, number) for key, number in sorted(self.items())]

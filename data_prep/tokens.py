@@ -61,14 +61,8 @@ def unique_documents(spills: Spills, partition: int, counts: Counts) -> UniqueDo
     hi, lo = found.records["hi"], found.records["lo"]
     again = np.zeros(len(order), dtype=bool)
     again[1:] = (hi[1:] == hi[:-1]) & (lo[1:] == lo[:-1])
-    _count(counts, spills, found.records[again], "duplicate")
+    counts.drop_records(spills.languages, found.records[again], "duplicate")
     return found.where(~again)
-
-
-def _count(counts: Counts, spills: Spills, records: npt.NDArray[np.void], rule: str) -> None:
-    for place in np.unique(records["language"]).tolist():
-        chars = records["chars"][records["language"] == place]
-        counts.drop(spills.languages[place], rule, int(chars.sum()), len(chars))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +110,7 @@ def tokenise(
         ("near_duplicate", np.unique(read_partition(removals.similar, partition, KEY)[0])),
     ):
         goes = is_among(documents.records, keys)
-        _count(counts, spills, documents.records[goes], rule)
+        counts.drop_records(spills.languages, documents.records[goes], rule)
         documents = documents.where(~goes)
     lines = _removed_lines(removals.lines, partition)
     documents = documents.where(np.argsort(documents.records["language"], kind="stable"))
@@ -137,7 +131,7 @@ def tokenise(
             table["offset"][start:stop] = offset + np.cumsum(lengths) - lengths
             offset += len(ids)
         silent = table["tokens"] == 0
-        _count(counts, spills, table[silent & (table["chars"] > 0)], "no_tokens")
+        counts.drop_records(spills.languages, table[silent & (table["chars"] > 0)], "no_tokens")
         table = table[~silent]
         writer.append("documents", table)
         _write_statistics(writer, spills, table, prep.seq_len)

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import re
-import shutil
-import subprocess
-import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-FLAGS = "-O3 -march=native -shared -fPIC".split()
+from data_prep.compiled import UncompiledError, compile_library
+
+FLAGS = "-O3 -march=native".split()
 SOURCE = Path(__file__).parent / "native" / "word_ids.c"
 SEPARATOR = "\u2ffb"  # between new words; as in native/text.h
 SPACE = "\u2581"
@@ -306,20 +304,10 @@ def _library() -> ctypes.CDLL:
     Raises:
         UnsupportedError: it does not compile here.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None:
-        raise UnsupportedError("there is no C compiler, cc or what CC names; gcc makes it fast")
-    with tempfile.TemporaryDirectory(prefix="minilm-") as folder:
-        built = Path(folder) / "word_ids.so"
-        command = [compiler, *FLAGS, "-o", str(built), str(SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
-            said = done.stderr.strip()[-200:]
-            raise UnsupportedError(f"{compiler} does not compile {SOURCE}: {said}")
-        try:
-            library = ctypes.CDLL(str(built))  # stays loaded when the file is gone
-        except OSError as error:  # a temporary folder from which nothing may be executed
-            raise UnsupportedError(f"{error}; set TMPDIR to a folder that allows it") from error
+    try:
+        library = compile_library(SOURCE, FLAGS)
+    except UncompiledError as error:
+        raise UnsupportedError(str(error)) from error
     for name in ("words_new", "unigram_new", "wordpiece_new", "bpe_new"):
         getattr(library, name).restype = ctypes.c_void_p
     library.words_put.restype = ctypes.POINTER(ctypes.c_uint32)

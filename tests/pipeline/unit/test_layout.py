@@ -53,7 +53,7 @@ def test_pipeline_uses_what_data_prep_shares_and_no_more_of_it(
     module: str,
 ) -> None:
     used = {name for name in IMPORTS[module] if name.split(".")[0] == "data_prep"}
-    allowed = {"shards", "block_cache", "command", "config", "durable"}
+    allowed = {"shards", "block_cache", "command", "compiled", "config", "durable"}
     assert used <= {f"data_prep.{name}" for name in allowed}
 
 
