@@ -41,7 +41,7 @@ class Overlap:
                 parse, or files without any run of that length.
             RunError: a file that cannot be read to its end.
         """
-        self.files = [str(path) for path in _find(globs)]
+        self.files = [str(path) for path in find_files(globs)]
         """The evaluation files, sorted."""
         runs: list[NDArray[np.uint64]] = []
         for path in self.files:
@@ -83,7 +83,12 @@ class Overlap:
         return self.files[self._file_of_run[hits[0]]] if len(hits) else None
 
 
-def _find(globs: Sequence[str]) -> list[Path]:
+def find_files(globs: Sequence[str]) -> list[Path]:
+    """The evaluation files that globs name, sorted.
+
+    Raises:
+        ConfigError: a glob matches no file, or one of a kind that is not read.
+    """
     found: set[Path] = set()
     for pattern in globs:
         matches = [Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()]

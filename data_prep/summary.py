@@ -11,7 +11,6 @@ from typing import Any
 from data_prep.durable import write_durably
 from data_prep.shards import Manifest
 
-FAULTS = "faults.jsonl"
 _DROPPED = {
     "broken": "broken lines",
     "empty": "empty",
@@ -51,16 +50,18 @@ def summary_table(manifest: Manifest, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def write_faults(folder: Path, faults: Sequence[Sequence[Any]]) -> None:
-    """List what cannot be read beside the shards, and warn of it; nothing where all can be.
+def write_faults(folder: Path, generation: int, faults: Sequence[Sequence[Any]]) -> None:
+    """List what cannot be read beside the shards, and warn of it; no list where all can be.
 
     Args:
         folder: of the shards.
+        generation: whose text it is: each has a list of its own, the first faults.jsonl.
         faults: url, offset, reason and bytes of each.
     """
+    path = folder / ("faults.jsonl" if generation == 1 else f"faults-{generation:06d}.jsonl")
     if not faults:
+        path.unlink(missing_ok=True)  # of a preparation that was given up, of other text
         return
-    path = folder / FAULTS
     names = ("url", "offset", "reason", "bytes")
     lines = [json.dumps(dict(zip(names, fault, strict=True))) for fault in faults]
     write_durably(path, "\n".join(lines) + "\n")
