@@ -46,7 +46,7 @@ from data_prep.plan import Groups, block_slices, heldout_path, plan_group, rows_
 from data_prep.ranks import Ranks, connect, each, launched_rank, on_rank_0
 from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publish, write_tar
 from data_prep.sharing import share
-from data_prep.similar import near_duplicate_bands
+from data_prep.similar import load_rensa
 from data_prep.sources import Source, Unit, find_sources, split
 from data_prep.spill import Counts, Spills, spill, spill_path
 from data_prep.summary import heldout_warning, report_losses, summary_table
@@ -125,6 +125,10 @@ class _Job:
         return self.folder / WORK
 
     @property
+    def generation(self) -> int:
+        return self.base.manifest.generation + 1 if self.base else 1
+
+    @property
     def text_bytes(self) -> int:
         """About how much text there is."""
         return sum(s.bytes * (EXPANSION if s.compression else 1) for s in self.sources)
@@ -192,6 +196,8 @@ def build(recipe: PrepRecipe, ranks: Ranks, *, append: bool = False) -> None:
         if ranks.rank == 0:
             print(f"{folder} is already prepared with this text and these settings: nothing to do")
         return
+    if recipe.prep.near_duplicates is not None:
+        each(ranks, load_rensa)  # hours before it is needed
     with locked(folder, ranks):
         if not on_rank_0(ranks, is_finished):
             on_rank_0(ranks, lambda: open_work(folder, settings))
@@ -221,15 +227,14 @@ def _settings_digest(
     prep = dataclasses.asdict(recipe.prep)
     for key in ("input", "output_dir", "tokenizer", "on_error", "exclude"):
         del prep[key]
-    prep["exclude"] = sorted(
-        hashlib.sha256(path.read_bytes()).hexdigest() for path in find_files(recipe.prep.exclude)
-    )
+    excluded = [hashlib.sha256(p.read_bytes()).hexdigest() for p in find_files(recipe.prep.exclude)]
     named = {
         "format_version": FORMAT_VERSION,
         "prep": prep,
         "seed": recipe.seed,
         "tokenizer": tokenizer.fingerprint,
         "sources": sorted((source.name, source.digest) for source in sources),
+        "exclude": sorted(excluded),
         "base": base and base.digest,
     }
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
@@ -256,7 +261,7 @@ def _prepare(job: _Job) -> Callable[[], Manifest]:
         ids = each(job.ranks, lambda: TokenFiles([*paths, carried[0]], languages))
         rows = [carried[1], *rows]
     tasks = _write(job, ids, each(job.ranks, lambda: RowFiles(rows)), mix["heldout_rows"])
-    on_rank_0(job.ranks, lambda: report_losses(job.folder, read))
+    on_rank_0(job.ranks, lambda: report_losses(job.folder, job.generation, read))
 
     def make_manifest() -> Manifest:
         parts = [read, {"counts": files.counts().to_json()}, mix, *packed]
@@ -276,8 +281,6 @@ def _announce(job: _Job) -> None:
 def _read(job: _Job, units: Sequence[Unit]) -> Any:
     """Read and clean all text; gives its languages, what was counted and what cannot be read."""
     cleaner = each(job.ranks, lambda: Cleaner(job.prep))
-    if job.prep.near_duplicates is not None:  # what it needs is missing now or never
-        each(job.ranks, lambda: near_duplicate_bands([], job.prep.near_duplicates or 1.0))
 
     def read(index: int) -> None:
         path = spill_path(job.work, index)
@@ -341,14 +344,20 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
             with write_container(heldout_path(job.work, language)) as writer:
                 rows.write(writer)
         draws = files.draws()
-        for language, taken in held.draws.items():
-            draws[language] -= taken
+        for language, of_heldout in held.draws.items():
+            draws[language] -= of_heldout
         tokens = {name: int(of_draw.sum()) for name, of_draw in draws.items() if of_draw.any()}
         if not tokens:
             raise ConfigError(
                 f"prep.input holds no text that could be trained on ({sum(there.values())} "
                 f"documents with text under prep.text_key={job.prep.text_key!r}); correct the key "
                 "or the globs"
+            )
+        taken = quotas(tokens, job.prep)
+        if not any(taken.values()):
+            raise ConfigError(
+                f"prep.weights is 0 for all languages that there is text of ({', '.join(tokens)}), "
+                "so nothing would be trained on; give one of them more"
             )
         print(mix_table(tokens, job.prep, None), flush=True)
         return {
@@ -359,7 +368,7 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
                 language: dataclasses.astuple(dose)
                 for language, dose in doses({n: draws[n] for n in tokens}, job.prep).items()
             },
-            "tokens": sum(quotas(tokens, job.prep).values()),
+            "tokens": sum(taken.values()),
         }
 
     return job.stage("mix", [], lambda _: None, decide)
@@ -467,7 +476,7 @@ def _manifest(job: _Job, parts: list[Any], shards: list[Shard]) -> Manifest:
             "cls": job.tokenizer.cls_id, "sep": job.tokenizer.sep_id, "pad": job.tokenizer.pad_id
         },
         seed=job.recipe.seed,
-        generation=before.generation + 1 if before else 1,
+        generation=job.generation,
         rows=sum(shard.rows for shard in train),
         heldout_rows=dict(sorted(heldout_rows.items())),
         tokens=dict(tokens),

@@ -42,9 +42,9 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
     writing: a restart has to notice them.
 
     Raises:
-        ConfigError: another preparation holds it.
+        ConfigError: another preparation holds it, or there can be no such folder.
     """
-    on_rank_0(ranks, lambda: folder.mkdir(parents=True, exist_ok=True))
+    on_rank_0(ranks, lambda: _make(folder))
     with contextlib.ExitStack() as held:
         stream = each(ranks, lambda: held.enter_context(open(folder / _LOCK, "a+b")))
 
@@ -66,6 +66,16 @@ def locked(folder: Path, ranks: Ranks) -> Iterator[None]:
         on_rank_0(ranks, take_alone_then_share)
         each(ranks, lambda: take(fcntl.LOCK_SH))
         yield
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"prep.output_dir={folder} cannot be made ({error.strerror}), so there is nowhere to "
+            "write shards; name a folder that can be"
+        ) from error
 
 
 def open_work(folder: Path, settings: str) -> None:

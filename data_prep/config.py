@@ -10,6 +10,7 @@ from typing import Any, Literal
 from data_prep.command import ConfigError
 
 MAX_BLOCK_TOKENS = 2**31 - 1
+MAX_SEED = 2**64  # and beyond
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ def check_prep(prep: Prep) -> None:
         ("min_chars", 1),
         ("exclude_ngram", 5),
     ):
-        if getattr(prep, key) < least:
+        if not getattr(prep, key) >= least:  # nor is what is no number
             raise ConfigError(
                 f"prep.{key}={getattr(prep, key)} is below {least}; use {least} or more"
             )
@@ -172,6 +173,9 @@ def check_prep_recipe(recipe: PrepRecipe) -> None:
         ConfigError: naming the key, its value, the rule and the remedy.
     """
     check_prep(recipe.prep)
-    if recipe.seed < 0:
-        raise ConfigError(f"seed={recipe.seed} is negative, which seeds nothing; use 0 or more")
+    if not 0 <= recipe.seed < MAX_SEED:
+        raise ConfigError(
+            f"seed={recipe.seed} is outside 0..2**64 - 1, so it is no key for the digests that the "
+            "order of documents follows; use one within"
+        )
     _ = recipe.tokenizer  # raises where there is none

@@ -84,10 +84,10 @@ class Overlap:
 
 
 def find_files(globs: Sequence[str]) -> list[Path]:
-    """The evaluation files that globs name.
+    """The evaluation files that globs name, sorted.
 
     Raises:
-        ConfigError: a glob matches no file, or a file of another kind.
+        ConfigError: a glob matches no file, or one of a kind that is not read.
     """
     found: set[Path] = set()
     for pattern in globs:

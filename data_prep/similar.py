@@ -79,7 +79,7 @@ def near_duplicate_bands(texts: Sequence[str], threshold: float) -> NDArray[np.u
     Raises:
         ConfigError: rensa is not installed.
     """
-    rensa = _rensa()
+    rensa = load_rensa()
     bands, rows = bands_and_rows(threshold)
     sets = [_shingle_set(text) for text in texts]
     offsets = np.cumsum([0, *map(len, sets)], dtype=np.uint64)
@@ -94,7 +94,12 @@ def near_duplicate_bands(texts: Sequence[str], threshold: float) -> NDArray[np.u
     return keys
 
 
-def _rensa() -> Any:
+def load_rensa() -> Any:
+    """The package that `near_duplicate_bands` computes with.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     try:
         import rensa
     except ImportError as error:

@@ -11,7 +11,6 @@ from typing import Any
 from data_prep.durable import write_durably
 from data_prep.shards import Manifest
 
-FAULTS = "faults.jsonl"
 _DROPPED = {
     "broken": "broken lines",
     "empty": "empty",
@@ -51,20 +50,22 @@ def summary_table(manifest: Manifest, seconds: float) -> str:
     return "\n".join(lines)
 
 
-def report_losses(folder: Path, read: Mapping[str, Any]) -> None:
+def report_losses(folder: Path, generation: int, read: Mapping[str, Any]) -> None:
     """Say which evaluation files text was dropped for, and list what cannot be read.
 
     Args:
         folder: of the shards, where the list goes.
+        generation: whose text it is: each has a list of its own, the first faults.jsonl.
         read: what the first stage gives: `excluded_by`, evaluation file -> documents, and `faults`,
             the url, offset, reason and bytes of each.
     """
     for file, number in sorted(read["excluded_by"].items()):
         print(f"excluded: {number:,} documents that share text with {file}", flush=True)
     faults: Sequence[Sequence[Any]] = read["faults"]
+    path = folder / ("faults.jsonl" if generation == 1 else f"faults-{generation:06d}.jsonl")
     if not faults:
+        path.unlink(missing_ok=True)  # of a preparation that was given up, of other text
         return
-    path = folder / FAULTS
     names = ("url", "offset", "reason", "bytes")
     lines = [json.dumps(dict(zip(names, fault, strict=True))) for fault in faults]
     write_durably(path, "\n".join(lines) + "\n")

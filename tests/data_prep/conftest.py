@@ -25,6 +25,7 @@ from data_prep.ranks import OneRank
 from data_prep.shards import Manifest
 from data_prep.spill import Spills, spill, spill_path
 from data_prep.tokenizer import Tokenizer
+from tests.data_prep.pieces import Encode, encoder
 
 settings.register_profile("patient", deadline=None)  # a busy machine is not a failure
 settings.load_profile("patient")
@@ -59,6 +60,11 @@ def corpus() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(teacher_dir: Path) -> Tokenizer:
     return Tokenizer(str(teacher_dir))
+
+
+@pytest.fixture(scope="session")
+def encode(teacher_dir: Path) -> Encode:
+    return encoder(teacher_dir)
 
 
 @pytest.fixture(scope="session")

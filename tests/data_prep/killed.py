@@ -1,9 +1,10 @@
 """Prepares again and again, is killed at other moments, and compares what comes out in the end.
 
-A program of its own, because it forks: `python killed.py NUM_ROUNDS SEED RECIPE_JSON FOLDER`. Every
-round kills a preparation twice, each time with SIGKILL at a random one of its file operations, and
-then lets a third one finish. Prints the moments whose result differs; exit status 1 if there are
-any.
+A program of its own, because it forks:
+`python killed.py NUM_ROUNDS SEED RECIPE_JSON FOLDER [FIRST_INPUT_JSON]`. Every round kills a
+preparation twice, each time with SIGKILL at a random one of its file operations, and then lets a
+third one finish. Where a first input is named, these append to shards of it. Prints the moments
+whose result differs; exit status 1 if there are any.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 from pathlib import Path
 
-import webdataset  # noqa: F401  (what a child imports it imports again in every round)
+import rensa  # noqa: F401  (what a child imports it imports again in every round)
+import webdataset  # noqa: F401
 
 from data_prep.build_shards import build
 from data_prep.config import Prep, PrepRecipe
@@ -27,7 +30,7 @@ NEVER = 1 << 30
 WATCHED = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree")
 
 
-def prepare(prep: Prep, moment: int) -> int:
+def prepare(prep: Prep, moment: int, append: bool) -> int:
     """How many file operations there were, in a process of its own; -1 if it was killed."""
     reading, writing = os.pipe()
     pid = os.fork()
@@ -43,7 +46,7 @@ def prepare(prep: Prep, moment: int) -> int:
                 seen += 1
 
         sys.addaudithook(watch)
-        build(PrepRecipe(prep=prep), OneRank())
+        build(PrepRecipe(prep=prep), OneRank(), append=append)
         os.write(writing, str(seen).encode())
         os._exit(0)
     os.close(writing)
@@ -66,15 +69,24 @@ def main() -> int:
     num_rounds, random_ = int(sys.argv[1]), random.Random(int(sys.argv[2]))
     settings, folder = json.loads(sys.argv[3]), Path(sys.argv[4])
     Tokenizer(settings["tokenizer"])  # likewise
-    whole = Prep(**settings, output_dir=str(folder / "whole"))
-    num_moments = prepare(whole, NEVER)
+    append = len(sys.argv) > 5
+    if append:
+        first = {**settings, "input": json.loads(sys.argv[5])}
+        prepare(Prep(**first, output_dir=str(folder / "first")), NEVER, append=False)
+
+    def begin(name: str) -> Prep:
+        if append:
+            shutil.copytree(folder / "first", folder / name)
+        return Prep(**settings, output_dir=str(folder / name))
+
+    num_moments = prepare(begin("whole"), NEVER, append)
     expected = digest(folder / "whole")
     failures = []
     for number in range(num_rounds):
-        prep = Prep(**settings, output_dir=str(folder / f"{number}"))
+        prep = begin(f"{number}")
         moments = [random_.randrange(num_moments) for _ in range(2)]
-        killed = [prepare(prep, moment) == -1 for moment in moments]
-        prepare(prep, NEVER)
+        killed = [prepare(prep, moment, append) == -1 for moment in moments]
+        prepare(prep, NEVER, append)
         if not killed[0] or digest(Path(str(prep.output_dir))) != expected:
             failures.append((moments, killed))
     print(f"{num_rounds} rounds, {num_moments} moments, differing: {failures}")

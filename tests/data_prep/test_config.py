@@ -30,6 +30,8 @@ def test_good_settings_pass() -> None:
         ({"smoothing": -0.1}, r"prep\.smoothing=-0\.1"),
         ({"smoothing": 1.1}, r"prep\.smoothing=1\.1"),
         ({"smoothing": float("nan")}, r"prep\.smoothing=nan"),
+        ({"max_repeats": 0.5}, r"prep\.max_repeats=0\.5 is below 1"),
+        ({"max_repeats": float("nan")}, r"prep\.max_repeats=nan"),
         ({"min_chars": 0}, r"prep\.min_chars=0 is below 1"),
         ({"exclude_ngram": 4}, r"prep\.exclude_ngram=4 is below 5"),
         ({"max_repetition": 1.1}, r"prep\.max_repetition=1\.1"),
@@ -68,9 +70,12 @@ def test_an_output_dir_that_is_a_file_is_refused(tmp_path: Path) -> None:
         check_prep(dataclasses.replace(GOOD, output_dir=str(tmp_path / "file")))
 
 
-def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="seed=-1"):
-        check_prep_recipe(PrepRecipe(prep=GOOD, seed=-1))
+def test_seeds_are_keys_of_eight_bytes() -> None:
+    for seed in (0, 2**64 - 1):
+        check_prep_recipe(PrepRecipe(prep=GOOD, seed=seed))
+    for seed in (-1, 2**64):
+        with pytest.raises(ConfigError, match=rf"seed={seed} is outside"):
+            check_prep_recipe(PrepRecipe(prep=GOOD, seed=seed))
 
 
 def test_the_tokenizer_is_the_preps_own_or_else_the_teachers() -> None:
