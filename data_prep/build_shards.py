@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -55,6 +56,7 @@ MIB = 1 << 20
 EXPANSION = 4  # text of a compressed or columnar file, over its size: only sizes work by it
 PARTITION_BYTES, FEWEST_FULL_PARTITIONS, MOST_PARTITIONS = 64 * MIB, 16, 1 << 16
 UNITS_AT_LEAST, LARGEST_UNIT = 256, 64 * MIB
+NEW_OBJECTS = 1 << 17  # between the collector's looks at all that libraries loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_options=_add_options,
     )
     check_prep_recipe(recipe)
+    gc.set_threshold(NEW_OBJECTS)  # records are many, and in no cycle
     ranks = connect()
     os.environ.setdefault("RAYON_NUM_THREADS", str(_threads_per_rank(ranks)))
     try:
