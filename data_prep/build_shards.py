@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -58,6 +59,7 @@ EXPANSION = 4  # text of a compressed or columnar file, over its size: only size
 PARTITION_BYTES, FEWEST_FULL_PARTITIONS, MOST_PARTITIONS = 64 * MIB, 16, 1 << 16
 UNITS_AT_LEAST, LARGEST_UNIT = 256, 64 * MIB
 ANNOUNCED_BYTES = 1 << 30  # of text, from which its mix is estimated beforehand
+NEW_OBJECTS = 1 << 17  # between the collector's looks at all that libraries loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_options=_add_options,
     )
     check_prep_recipe(recipe)
+    gc.set_threshold(NEW_OBJECTS)  # records are many, and in no cycle
     ranks = connect()
     os.environ.setdefault("RAYON_NUM_THREADS", str(_threads_per_rank(ranks)))
     try:

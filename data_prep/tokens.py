@@ -7,6 +7,7 @@ digest, so that a language's documents lie together in an order that is random a
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ TOKENISED = np.dtype(
     [*KEY, ("language", "<u2"), ("chars", "<u4"), ("tokens", "<u4"), ("offset", "<u8")]
 )
 BATCH_BYTES = 4 << 20  # text tokenised at a time
+MAPPED = 16  # files of ids that stay mapped: what a group's documents and their copies lie in
 DRAWS = 1024  # parts into which a language's documents fall at random, to take a share of them
 
 
@@ -224,6 +226,7 @@ class TokenFiles:
 
     def __init__(self, paths: Sequence[Path], languages: Sequence[str]) -> None:
         self._files = [Container(path) for path in paths]
+        self._map = functools.lru_cache(MAPPED)(lambda index: self._files[index].map("tokens"))
         self.languages = list(languages)
 
     def __len__(self) -> int:
@@ -235,7 +238,7 @@ class TokenFiles:
 
     def tokens(self, partition: int) -> npt.NDArray[Any]:
         """A partition's ids, mapped."""
-        return self._files[partition].map("tokens")
+        return self._map(partition)
 
     def counts(self) -> Counts:
         """What all partitions dropped."""
