@@ -21,6 +21,7 @@ from pathlib import Path
 import rensa  # noqa: F401  (what a child imports it imports again in every round)
 import webdataset  # noqa: F401
 
+from data_prep import build_shards
 from data_prep.build_shards import build
 from data_prep.config import Prep, PrepRecipe
 from data_prep.ranks import OneRank
@@ -68,7 +69,8 @@ def digest(folder: Path) -> str:
 def main() -> int:
     num_rounds, random_ = int(sys.argv[1]), random.Random(int(sys.argv[2]))
     settings, folder = json.loads(sys.argv[3]), Path(sys.argv[4])
-    Tokenizer(settings["tokenizer"])  # likewise
+    tokenizer = Tokenizer(settings["tokenizer"])  # once: loading it touches nothing of the folder
+    build_shards.Tokenizer = lambda source: tokenizer  # type: ignore[assignment,misc]
     append = len(sys.argv) > 5
     if append:
         first = {**settings, "input": json.loads(sys.argv[5])}
