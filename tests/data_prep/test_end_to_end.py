@@ -197,6 +197,18 @@ def test_max_tokens_takes_whole_documents(
     assert 2000 - taken == manifest.accounting["xx"]["documents_mixing"]
 
 
+def test_appending_keeps_every_document_whole(
+    prepare: Prepare, demo: dict[str, list[str]], repo: Path, encode: Encode
+) -> None:
+    """Those, too, of the short last block, whose rows are taken over."""
+    for number, names in enumerate((("en", "th"), ("th", "sw"), ("ar", "sw"))):
+        files = [f"{repo}/recipes/demo_text/{name}.jsonl" for name in names]
+        folder, manifest = prepare(**NATURAL, input=files, append=number > 0)
+    assert manifest.generation == 3
+    assert_holds(folder, {name: demo[name] for name in ("en", "th", "sw", "ar")}, encode)
+    assert not list(find_faults(folder))
+
+
 # The same bytes, whatever happens
 
 
