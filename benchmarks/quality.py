@@ -4,12 +4,12 @@
 
 Distils a student of half the teacher's layers and all of its width, so that every objective can be
 used, with each of CASES and each seed, on the same rows in the same order; objectives that read the
-same text share the teacher's pass. Then fine-tunes every student, the teacher, and a student that
-was never trained, on each of TASKS with one set of hyper-parameters. "determined" is the share of
-the teacher's last hidden states that a student's vectors determine on held-out rows.
-DIR/LANG.jsonl.gz has the text; the other folder has SST-2 and SNLI as
-`glue/SST-2/{train,dev}.tsv` and `snli/{validation,test}.tsv`. What is done is kept in --work and
-not done again.
+same text share the teacher's pass. Then fine-tunes on each of TASKS, with one set of
+hyper-parameters, every student, the teacher, the teacher's alternate layers without distillation,
+and a student of random weights. "determined" is the share of the teacher's last hidden states that
+a student's vectors determine on held-out rows. DIR/LANG.jsonl.gz has the text; the other folder has
+SST-2 and SNLI as `glue/SST-2/{train,dev}.tsv` and `snli/{validation,test}.tsv`. What is done is
+kept in --work and not done again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.harness import arguments, report
 from pipeline.config import ROOT, Data, Recipe, Teacher, Train
@@ -37,17 +37,18 @@ from pipeline.readout import rank
 SEQ_LEN, BATCH_ROWS = 128, 64
 MASKED = ("distilbert",)
 CASES: dict[str, dict[str, Any]] = {
-    "minilmv2": {},
-    "minilmv2 + hh": {"objective.relations": {"qq": 1, "kk": 1, "vv": 1, "hh": 1}},
-    "minilmv2, init layers": {"student.init": "layers"},
-    "minilm": {"objective.name": "minilm"},
-    "distilbert": {"objective.name": "distilbert", "student.init": "layers"},
+    "minilmv2": {"student.init": "layers"},
+    "minilm": {"student.init": "layers", "objective.name": "minilm"},
+    "distilbert": {"student.init": "layers", "objective.name": "distilbert"},
+    "minilmv2, random start": {},
+    "minilm, random start": {"objective.name": "minilm"},
 }
+UNTRAINED = ("layers alone", "random weights")
 TASKS = {  # file to train on, file to judge by, columns of text, whether there is a header
     "SST-2": ("glue/SST-2/train.tsv", "glue/SST-2/dev.tsv", ("sentence",)),
     "SNLI": ("snli/validation.tsv", "snli/test.tsv", ("premise", "hypothesis")),
 }
-FINE_TUNING = {"examples": 2000, "test": 1500, "epochs": 2, "batch": 32, "rate": 2e-4, "tokens": 64}
+FINE_TUNING = {"examples": 10000, "epochs": 1, "batch": 32, "rate": 2e-4, "tokens": 64}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--languages", nargs="+", default=["en"])
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--steps", type=int, default=120, help="of 64 rows of 128 tokens")
+    parser.add_argument("--steps", type=int, default=250, help="of 64 rows of 128 tokens")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="of one thread each")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality")
@@ -85,14 +86,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         ]
         for job in jobs:
             job.result()
-        models = {"teacher": [options.teacher]}  # with the first seed alone
+        models = {"teacher": [options.teacher] * len(options.seeds)}
         models |= {
             case: [folder / f"{seed}" / _slug(case) / "student" for seed in options.seeds]
             for case in options.cases
         }
-        models["untrained"] = [folder / f"{seed}" / "untrained" for seed in options.seeds]
-        for path in models["untrained"]:
-            save_untrained(models["minilmv2"][0], path)
+        models |= {case: [folder / _slug(case)] * len(options.seeds) for case in UNTRAINED}
+        save_untrained(options.teacher, *(folder / _slug(case) for case in UNTRAINED))
         scores = {
             (case, task): [
                 pool.submit(score, options, path, task, seed)
@@ -139,7 +139,7 @@ def prepare(options: Any, folder: Path) -> Path:
         "output_dir": str(shards),
         "tokenizer": str(options.teacher),
         "seq_len": SEQ_LEN,
-        "heldout_rows": 16,
+        "heldout_rows": 64,
     }
     command = [sys.executable, "-m", "data_prep.build_shards"]
     command += [f"--prep.{key}={value}" for key, value in keys.items()]
@@ -168,7 +168,7 @@ def distil(options: Any, shards: Path, folder: Path, seed: int, masked: bool) ->
         "train.max_steps": options.steps,
         "train.batch_size": BATCH_ROWS,
         "train.micro_batch_size": 16,
-        "train.learning_rate": 1e-3,
+        "train.learning_rate": 6e-4,
         "train.warmup_steps": options.steps // 10,
         "train.save_every": options.steps,
         "train.eval_every": options.steps,
@@ -205,10 +205,15 @@ def determined_by(
     return found
 
 
-def save_untrained(like: Path, path: Path) -> None:
-    """A folder whose model `fine_tune` starts anew: a configuration and a tokenizer."""
-    AutoConfig.from_pretrained(like).save_pretrained(path)
-    AutoTokenizer.from_pretrained(like).save_pretrained(path)
+def save_untrained(teacher: Path, layers_alone: Path, random_weights: Path) -> None:
+    """Two folders: every other layer of the teacher, and a configuration without weights."""
+    model = AutoModel.from_pretrained(teacher, dtype=torch.float32)
+    model.encoder.layer = model.encoder.layer[1::2]
+    model.config.num_hidden_layers = len(model.encoder.layer)
+    model.save_pretrained(layers_alone)
+    model.config.save_pretrained(random_weights)
+    for path in (layers_alone, random_weights):
+        AutoTokenizer.from_pretrained(teacher).save_pretrained(path)
 
 
 def score(options: Any, model: Path, task: str, seed: int) -> float:
@@ -228,11 +233,13 @@ def fine_tune(folder: str, task: tuple[str, str, tuple[str, ...]], data: Path, s
     """Accuracy on the task's test file after fine-tuning on the head of its shuffled other one."""
     train_file, test_file, columns = task
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    train = _read(data / train_file, columns)
-    test = _read(data / test_file, columns)[: FINE_TUNING["test"]]
+    train, test = _read(data / train_file, columns), _read(data / test_file, columns)
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(train), generator=generator)[: FINE_TUNING["examples"]]
-    train = [train[i] for i in order.tolist()]
+
+    def shuffled(items: Sequence[Any]) -> list[Any]:
+        return [items[i] for i in torch.randperm(len(items), generator=generator).tolist()]
+
+    train = shuffled(train)[: int(FINE_TUNING["examples"])]
     labels = sorted({label for _, label in train})
     torch.manual_seed(seed)
     options = {"num_labels": len(labels), "hidden_dropout_prob": 0.1}
@@ -244,17 +251,23 @@ def fine_tune(folder: str, task: tuple[str, str, tuple[str, ...]], data: Path, s
         config = AutoConfig.from_pretrained(folder, dtype=torch.float32, **options)
         model = AutoModelForSequenceClassification.from_config(config)
 
-    def batches(examples: Sequence[Any], size: int) -> Any:
-        for start in range(0, len(examples), size):
-            texts, targets = zip(*examples[start : start + size], strict=True)
-            encoded = tokenizer(
-                *map(list, zip(*texts, strict=True)),
-                truncation=True,
-                max_length=FINE_TUNING["tokens"],
-                padding=True,
-                return_tensors="pt",
-            )
-            yield encoded, torch.tensor([labels.index(target) for target in targets])
+    def batches(examples: Sequence[Any], size: int) -> list[Any]:
+        """Of nearly one length each: padding is most of the work otherwise."""
+        examples = sorted(examples, key=lambda example: sum(map(len, example[0])))
+        return [examples[start : start + size] for start in range(0, len(examples), size)]
+
+    def forward(batch: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        texts, targets = zip(*batch, strict=True)
+        encoded = tokenizer(
+            *map(list, zip(*texts, strict=True)),
+            truncation=True,
+            max_length=FINE_TUNING["tokens"],
+            padding=True,
+            return_tensors="pt",
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(**encoded).logits
+        return logits.float(), torch.tensor([labels.index(target) for target in targets])
 
     size, epochs = int(FINE_TUNING["batch"]), int(FINE_TUNING["epochs"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=FINE_TUNING["rate"], fused=True)
@@ -264,11 +277,9 @@ def fine_tune(folder: str, task: tuple[str, str, tuple[str, ...]], data: Path, s
     )
     model.train()
     for _epoch in range(epochs):
-        shuffled = [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
-        for encoded, targets in batches(shuffled, size):
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = model(**encoded).logits
-            torch.nn.functional.cross_entropy(logits.float(), targets).backward()
+        for batch in shuffled(batches(train, size)):
+            logits, targets = forward(batch)
+            torch.nn.functional.cross_entropy(logits, targets).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -276,8 +287,9 @@ def fine_tune(folder: str, task: tuple[str, str, tuple[str, ...]], data: Path, s
     model.eval()
     right = 0
     with torch.inference_mode():
-        for encoded, targets in batches(test, 64):
-            right += int((model(**encoded).logits.argmax(1) == targets).sum())
+        for batch in batches(test, 64):
+            logits, targets = forward(batch)
+            right += int((logits.argmax(1) == targets).sum())
     return right / len(test)
 
 
