@@ -342,7 +342,8 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
     def decide() -> Any:
         before = job.base.manifest.heldout_rows if job.base else {}
         there = files.num_documents()
-        held = take_heldout(files, job.prep, [n for n in there if there[n] and n not in before])
+        new = [name for name in there if there[name] and name not in before]
+        held = take_heldout(files, job.prep, new if job.prep.heldout_rows else [])
         for language, rows in held.rows.items():
             with write_container(heldout_path(job.work, language)) as writer:
                 rows.write(writer)

@@ -195,7 +195,8 @@ def _build(
         masking=_masking(recipe, students[0].objective),
         one_shape=train.compile,
     )
-    heldout = {language: loader.heldout(language) for language in reader.manifest.heldout_rows}
+    rows = reader.manifest.heldout_rows  # 0 of a language with a single document
+    heldout = {language: loader.heldout(language) for language, n in rows.items() if n}
     teacher = load_teacher(recipe, device, [student.target for student in students])
     is_first = topology.rank == 0
     runs: list[Run] = []

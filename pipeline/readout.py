@@ -46,7 +46,8 @@ def rank(recipe: Recipe, students: Mapping[int, str]) -> list[dict[str, Any]]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     alone = Topology(rank=0, local_rank=0, world_size=1, local_world_size=1)
     loader = Loader(reader, alone, batch_size=1, micro=1, seed=recipe.seed)
-    heldout = {language: loader.heldout(language) for language in reader.manifest.heldout_rows}
+    rows = reader.manifest.heldout_rows  # 0 of a language with a single document
+    heldout = {language: loader.heldout(language) for language, n in rows.items() if n}
 
     def model(source: str, needs: Any) -> Iterator[Any]:
         last = Target(needs, read_config("teacher.model", source).num_hidden_layers)

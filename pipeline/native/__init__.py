@@ -26,7 +26,7 @@ def load(name: str) -> ctypes.CDLL | None:
     try:
         return compile_library(Path(__file__).with_name(f"{name}.c"), FLAGS)
     except UncompiledError as error:
-        warnings.warn(f"{name} on this CPU takes several times longer: {error}", stacklevel=2)
+        warnings.warn(f"{name} on this CPU takes several times longer ({error})", stacklevel=2)
         return None
 
 

@@ -233,7 +233,6 @@ def test_a_url_is_inspected_like_a_folder(
     [
         (["--samples", "-1"], "--samples -1"),
         (["--blocks", "0", "--samples", "0"], "--blocks 0"),
-        ([], "--tokenizer"),
         (["--tokenizer", "/no/such"], "/no/such"),
     ],
 )
