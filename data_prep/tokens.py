@@ -26,7 +26,7 @@ TOKENISED = np.dtype(
     [*KEY, ("language", "<u2"), ("chars", "<u4"), ("tokens", "<u4"), ("offset", "<u8")]
 )
 BATCH_BYTES = 4 << 20  # text tokenised at a time
-MAPPED = 16  # files of ids that stay mapped: what a group's documents and their copies lie in
+MAPPED_BYTES = 128 << 20  # of ids that stay mapped: all of a group of small partitions
 DRAWS = 1024  # parts into which a language's documents fall at random, to take a share of them
 
 
@@ -226,7 +226,9 @@ class TokenFiles:
 
     def __init__(self, paths: Sequence[Path], languages: Sequence[str]) -> None:
         self._files = [Container(path) for path in paths]
-        self._map = functools.lru_cache(MAPPED)(lambda index: self._files[index].map("tokens"))
+        largest = max((path.stat().st_size for path in paths), default=1)
+        keep = functools.lru_cache(max(1, MAPPED_BYTES // largest))
+        self._map = keep(lambda partition: self._files[partition].map("tokens"))
         self.languages = list(languages)
 
     def __len__(self) -> int:
