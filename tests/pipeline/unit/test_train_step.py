@@ -95,6 +95,7 @@ def make_run(
             objective=make_objective(recipe),
             teacher=teacher,
             engine=StandInEngine(),
+            checkpoints=SimpleNamespace(is_busy=False, settle=lambda: None),
             row_log=None,
             state=SimpleNamespace(step=step),
             advanced=[],
