@@ -407,12 +407,17 @@ def find_faults(path: Path, marker: Marker, *, checksums: bool = True) -> list[s
     faults = []
     for name, facts in marker.files.items():
         file = path / name
-        if not file.is_file():
-            faults.append(f"checkpoint {path} is damaged: {name} is missing")
-        elif file.stat().st_size != facts["bytes"] or (
-            checksums and _sha256(file) != facts["sha256"]
-        ):
-            faults.append(f"checkpoint {path} is damaged: {name} is not what was written")
+        try:
+            is_whole = file.stat().st_size == facts["bytes"] and (
+                not checksums or _sha256(file) == facts["sha256"]
+            )
+            fault = "" if is_whole else "is not what was written"
+        except FileNotFoundError:
+            fault = "is missing"
+        except OSError as error:
+            fault = f"cannot be read ({error.strerror})"
+        if fault:
+            faults.append(f"checkpoint {path} is damaged: {name} {fault}")
     return faults
 
 

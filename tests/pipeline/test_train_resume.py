@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
+from data_prep.command import RunError
 from data_prep.shards import ShardReader, generation, publish
+from pipeline.checkpoint import _digest, _write, newest_state, read_marker
+from pipeline.engine import convert_to_universal
 from tests.pipeline.conftest import POCKET
 from tests.pipeline.launch import (
     ROOT,
@@ -205,6 +212,75 @@ def test_a_damaged_checkpoint_is_passed_over(tiny, straight, tmp_path: Path) -> 
     assert "resuming from" in outcome.output
     assert "step-00000008" in outcome.output
     assert student_bytes(run_dir) == expected
+
+
+class Payload:
+    """A pickle of it makes whoever loads it create a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_would_run_code_is_refused(tiny, straight, tmp_path: Path) -> None:
+    """Its checksums match: whoever can write there can make them."""
+    run_dir, made = tmp_path / "run", tmp_path / "made"
+    shutil.copytree(straight("zero2", 1), run_dir)
+    folder = run_dir / "checkpoints" / "step-00000008"
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    shard = folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = torch.load(shard, weights_only=False)
+    torch.save({**content, "extra": Payload(made)}, shard)
+    torch.load(shard, weights_only=False)
+    assert made.exists()  # the payload works
+    made.rmdir()
+    marker = read_marker(folder)
+    facts = _write(folder, {shard.name: memoryview(shard.read_bytes())})
+    body = {"state": dataclasses.asdict(marker.state), "files": {**marker.files, **facts}}
+    (folder / "COMPLETE").write_text(json.dumps({**body, "digest": _digest(body)}))
+    outcome = run(tiny, begin=fork)
+    assert outcome.status == 1, outcome.output
+    (error,) = outcome.errors
+    assert "step-00000008" in error
+    assert "posix.mkdir" in error
+    with pytest.raises(RunError, match=r"step-00000008.*posix.mkdir"):
+        convert_to_universal(folder.parent, folder.name, tmp_path / "universal")
+    assert not made.exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_a_checkpoint_and_later_the_run(tiny, tmp_path: Path) -> None:
+    """On one rank of two; its files may grow to less than a checkpoint has."""
+    run_dir = tmp_path / "run"
+    many = ["--train.max_steps=4000", "--train.eval_every=0", "--train.max_failed_saves=20"]
+
+    def failures() -> list[int]:
+        return [line["failed_saves"] for line in metrics(run_dir) if "failed_saves" in line]
+
+    with fork([*tiny, *many], ranks=2) as running:
+        wait_for(has_checkpoint(run_dir, 4))
+        rank = running.ranks()[1]
+        rank.rlimit(psutil.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        wait_for(lambda: bool(failures()))
+        rank.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        failed_at = metrics(run_dir)[-1]["step"]
+        latest = run_dir / "checkpoints" / "latest"
+        wait_for(lambda: int(latest.read_text().removeprefix("step-")) > failed_at)
+        num_before = len(failures())
+        rank.rlimit(psutil.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        outcome = running.wait()
+    assert outcome.status == 1, outcome.output
+    (error,) = outcome.errors
+    assert "rank 1: File too large" in error
+    assert "in a row: 20" in error
+    assert outcome.output.count("warning: checkpoint") == len(failures())
+    assert failures()[num_before:] == list(range(1, 21))
+    newest = newest_state(run_dir / "checkpoints")
+    assert newest is not None
+    assert newest.step > failed_at
 
 
 @pytest.mark.slow
