@@ -47,6 +47,7 @@ from benchmarks.workload import (
     training_batches,
 )
 from pipeline.config import ROOT
+from pipeline.hardware import Network
 from pipeline.loop import train_step
 
 GPUS = (8, 16, 32, 128, 512)
@@ -80,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for ranks, speed in measured.items()
     ]
     network = Network(
-        gpus_per_node=options.gpus_per_node,
-        gpu_bytes=1e9 * options.gpu_gbytes,
+        ranks_per_node=options.gpus_per_node,
+        rank_bytes=1e9 * options.gpu_gbytes,
         node_bytes=1e9 * options.node_gbytes,
         overlap=options.overlap,
     )
@@ -172,32 +173,6 @@ def run_rank(options: argparse.Namespace) -> None:
     if rank == 0:
         speed = sum(batch.num_tokens for batch in batches) / seconds
         (options.rank_of / f"speed-{ranks}.json").write_text(json.dumps(speed), "utf-8")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Network:
-    """What GPUs are connected by.
-
-    Args:
-        gpus_per_node: GPUs of a node.
-        gpu_bytes: a second, of one GPU's links within its node.
-        node_bytes: a second, of a whole node's network.
-        overlap: share of a gradient all-reduce that hides behind the backward pass.
-    """
-
-    gpus_per_node: int
-    gpu_bytes: float
-    node_bytes: float
-    overlap: float
-
-    def all_gather_seconds(self, gpus: int, num_bytes: float) -> float:
-        """In a ring."""
-        bandwidth = self.gpu_bytes if gpus <= self.gpus_per_node else self.node_bytes
-        return (gpus - 1) / gpus * num_bytes / bandwidth
-
-    def all_reduce_seconds(self, gpus: int, num_bytes: float) -> float:
-        """In a ring: a reduce-scatter and an all-gather."""
-        return 2 * self.all_gather_seconds(gpus, num_bytes)
 
 
 def projection(

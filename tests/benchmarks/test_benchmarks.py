@@ -98,7 +98,7 @@ def test_scaling(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 
 def test_projected_time_follows_the_ring() -> None:
-    network = scaling.Network(gpus_per_node=8, gpu_bytes=4e9, node_bytes=1e9, overlap=0.5)
+    network = scaling.Network(ranks_per_node=8, rank_bytes=4e9, node_bytes=1e9, overlap=0.5)
     assert network.all_reduce_seconds(8, 4e9) == pytest.approx(2 * 7 / 8)
     assert network.all_gather_seconds(16, 4e9) == pytest.approx(15 / 16 * 4)
     rows = scaling.projection(network, tokens=1000, micro_batches=3, flops=1e12)
