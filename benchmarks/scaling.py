@@ -182,12 +182,19 @@ def projection(
     parameters, words = student_parameters(LARGE)
     compute = tokens * flops_per_token(LARGE) / flops
     rows: list[dict[str, str | float]] = []
-    for stage, reduced in ((1, parameters), (2, words + micro_batches * (parameters - words))):
+    for stage in (1, 2):
         for dtype, size in COMMUNICATION.items():
             for gpus in GPUS:
-                reduce = network.all_reduce_seconds(gpus, reduced * size)
-                gather = network.all_gather_seconds(gpus, parameters * WEIGHT_BYTES)
-                step = compute + (1 - network.overlap) * reduce + gather
+                reduce, gather = network.step_seconds(
+                    gpus,
+                    stage=stage,
+                    parameters=parameters,
+                    words=words,
+                    micro_batches=micro_batches,
+                    gradient_bytes=size,
+                    weight_bytes=WEIGHT_BYTES,
+                )
+                step = compute + reduce + gather
                 rows.append(
                     {
                         "ZeRO stage": stage,

@@ -75,6 +75,43 @@ class Network:
         """In a ring: a reduce-scatter and an all-gather."""
         return 2 * self.all_gather_seconds(ranks, num_bytes)
 
+    def step_seconds(
+        self,
+        ranks: int,
+        *,
+        stage: int,
+        parameters: int,
+        words: int,
+        micro_batches: int,
+        gradient_bytes: int,
+        weight_bytes: int,
+    ) -> tuple[float, float]:
+        """What DeepSpeed sends in an optimizer step, not hidden: gradients, and weights.
+
+        Stage 1 reduces gradients with one all-reduce a step, stage 2 after each micro-batch, those
+        of the word embeddings once (pipeline/embedding.py); both gather the weights once. Stage 3
+        scatters the sums after each micro-batch, and gathers weights for each of its two passes.
+
+        Args:
+            ranks: that train.
+            stage: of ZeRO.
+            parameters: of the student.
+            words: those of its word embeddings.
+            micro_batches: of a rank's step.
+            gradient_bytes: of an element.
+            weight_bytes: of an element.
+        """
+        if stage == 3:
+            reduce = micro_batches * self.all_gather_seconds(ranks, parameters * gradient_bytes)
+            gather = self.all_gather_seconds(ranks, parameters * weight_bytes)
+            return (1 - self.overlap) * reduce, 2 * micro_batches * gather
+        reduced = parameters
+        if stage == 2:
+            reduced = words + micro_batches * (parameters - words)
+        reduce = self.all_reduce_seconds(ranks, reduced * gradient_bytes)
+        gather = self.all_gather_seconds(ranks, parameters * weight_bytes)
+        return (1 - self.overlap) * reduce, gather
+
 
 def matmul_peak(dtype: torch.dtype, *, size: int | None = None, seconds: float = 2.0) -> float:
     """The FLOP/s that a plain square matmul reaches here: the median of repeated calls.

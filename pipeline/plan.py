@@ -248,20 +248,20 @@ class Planner:
         self, ranks: int, accumulation_steps: int, machines: Machines
     ) -> float:
         """Seconds in which a step's gradients are reduced and its weights gathered."""
-        seconds, network = 0.0, machines.network
-        for student in self.students:
-            size, policy = student.size, student.policy
-            reduced = size.parameters  # elements, at stage 1 once a step
-            gathered = size.parameters
-            if policy.stage == 2:  # after each micro-batch but for the word embeddings
-                reduced = size.words + accumulation_steps * (size.parameters - size.words)
-            elif policy.stage == 3:  # all, and weights for both passes
-                reduced = accumulation_steps * size.parameters
-                gathered = 2 * accumulation_steps * size.parameters
-            reduce = network.all_reduce_seconds(ranks, reduced * policy.communicated)
-            seconds += (1 - network.overlap) * reduce
-            seconds += network.all_gather_seconds(ranks, gathered * policy.element)
-        return seconds
+        return sum(
+            sum(
+                machines.network.step_seconds(
+                    ranks,
+                    stage=student.policy.stage,
+                    parameters=student.size.parameters,
+                    words=student.size.words,
+                    micro_batches=accumulation_steps,
+                    gradient_bytes=student.policy.communicated,
+                    weight_bytes=student.policy.element,
+                )
+            )
+            for student in self.students
+        )
 
 
 def _checkpoint_bytes(student: Any) -> float:
