@@ -16,7 +16,7 @@ from pipeline.flops import Size
 from pipeline.objectives import DistillationObjective, MiniLMv2
 
 DEFAULT_BUCKET = 500_000_000  # DeepSpeed's own, of elements
-LOGIT_BYTES = 32  # of a masked token and word: two models' logits, in fp32 for two losses
+LOGIT_BYTES = 24  # of a masked token and word, at the peak: both models' logits, two losses in fp32
 # What no tensor holds: CUDA's context and NCCL's buffers, assumed; a CPU's libraries, measured.
 PROCESS_BYTES = {"cuda": 1.5e9, "cpu": 0.53e9}
 FRAGMENTS = {"cuda": 0.05, "cpu": 0.0}  # share that an allocator cannot use; assumed
