@@ -432,7 +432,7 @@ def cpu_machines(options: argparse.Namespace) -> Machines:
         peak = matmul_peak(torch.bfloat16) * cores / here
         assumptions.append(
             f"a plain bf16 product reaches {peak / 1e12:.3g} TFLOP/s on {cores} cores, from what "
-            f"{here} cores of this host just did"
+            f"{here} cores of this host just did: less than it can if it is busy"
         )
     node = 1e9 * options.node_gbytes if options.node_gbytes else CPU_NETWORK
     assumptions.append(f"{node / 1e9:g} GB/s between ranks")
