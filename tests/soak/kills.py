@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tiny = write_tiny(folder, POCKET, shards)
         arguments = [
             *tiny,
-            "--objective.num_relation_heads=16",
+            "--objective.num_relation_heads=8",
             f"--train.max_steps={options.steps}",
         ]
         training = Training(arguments, options.ranks, options.stage)
