@@ -299,6 +299,17 @@ def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(
     assert noted == [1, 2]
 
 
+def test_what_a_failed_save_leaves_of_a_damaged_one_does_not_look_whole(
+    checkpoints, disk: SimpleNamespace
+) -> None:
+    made = checkpoints(1, 2)
+    DAMAGES["flipped byte of the optimizer"](made.folder / tag_of(2))
+    disk.full = "of files"
+    made.save(FakeEngine(), state_at(2))
+    made.wait()
+    assert names(made.folder) == [tag_of(1)]
+
+
 def test_failures_in_a_row_end_the_run(checkpoints, disk: SimpleNamespace) -> None:
     made = checkpoints(1, max_failed_saves=2)
     disk.full = "of files"
