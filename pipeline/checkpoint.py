@@ -141,7 +141,7 @@ class Checkpoints:
             state=state,
             started=started,
             seconds_in_loop=time.monotonic() - started,
-            work=self._thread.submit(_write, path, files),
+            work=self._thread.submit(_write, path, files, self._topology.world_size),
         )
 
     @property
@@ -201,9 +201,9 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)  # a full disk is not left fuller
         if self._is_first:
             print(
-                f"warning: {self._reason}; training goes on and the checkpoint before is whole, "
-                f"but this is failure {self.failed_saves} of the {self._max_failed_saves} in a "
-                "row that end the run (train.max_failed_saves): make room",
+                f"warning: {self._reason}; those before are as they were, and this is failure "
+                f"{self.failed_saves} of the {self._max_failed_saves} in a row "
+                "(train.max_failed_saves) that end the run: make room",
                 file=sys.stderr,
                 flush=True,
             )
@@ -215,8 +215,8 @@ class Checkpoints:
 
     def _refuse(self) -> None:
         raise RunError(
-            f"{self._reason}; failures in a row: {self.failed_saves}; the one before is whole: "
-            "make room and start the same command again"
+            f"{self._reason}; failures in a row: {self.failed_saves}; those before are as they "
+            "were: make room and start the same command again"
         )
 
     def _publish(self, save: _Save, files: dict[str, Any]) -> dict[str, Any]:
@@ -284,13 +284,21 @@ class _Save:
             return {}, getattr(failure, "strerror", None) or one_line(failure)
 
 
-def _write(path: Path, files: Mapping[str, memoryview]) -> dict[str, Any]:
+def _write(path: Path, files: Mapping[str, memoryview], num_ranks: int) -> dict[str, Any]:
     """Put this rank's files on disk; returns what the marker says of each.
+
+    Args:
+        path: the checkpoint's folder.
+        files: contents by name.
+        num_ranks: that write about as much, at the same time.
 
     Raises:
         OSError: one cannot be written, or reads back as something else.
     """
     path.mkdir(parents=True, exist_ok=True)
+    needed = num_ranks * sum(content.nbytes for content in files.values())
+    if shutil.disk_usage(path).free < needed:  # not filled, for the metrics go there meanwhile
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     (path / MARKER).unlink(missing_ok=True)  # of a damaged one of the same step
     return {name: _write_file(path / name, content) for name, content in files.items()}
 

@@ -238,7 +238,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tiny, straight, tmp_path: P
     assert made.exists()  # the payload works
     made.rmdir()
     marker = read_marker(folder)
-    facts = _write(folder, {shard.name: memoryview(shard.read_bytes())})
+    facts = _write(folder, {shard.name: memoryview(shard.read_bytes())}, 1)
     body = {"state": dataclasses.asdict(marker.state), "files": {**marker.files, **facts}}
     (folder / "COMPLETE").write_text(json.dumps({**body, "digest": _digest(body)}))
     outcome = run(tiny, begin=fork)

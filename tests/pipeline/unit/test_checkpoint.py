@@ -310,6 +310,20 @@ def test_what_a_failed_save_leaves_of_a_damaged_one_does_not_look_whole(
     assert names(made.folder) == [tag_of(1)]
 
 
+def test_a_disk_with_too_little_room_is_not_filled(
+    checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoints(1)
+    size = sum(content.nbytes for content in FakeEngine().snapshot(tag_of(2)).values())
+    for free, expected in ((size - 1, 1), (size, 2)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path, usage=usage: usage)
+        made.save(FakeEngine(), state_at(2))
+        made.wait()
+        assert made.newest() == state_at(expected)
+        assert names(made.folder) == [tag_of(step) for step in range(1, expected + 1)]
+
+
 def test_failures_in_a_row_end_the_run(checkpoints, disk: SimpleNamespace) -> None:
     made = checkpoints(1, max_failed_saves=2)
     disk.full = "of files"
