@@ -41,14 +41,14 @@ from data_prep.container import Container, write_container
 from data_prep.durable import write_durably
 from data_prep.estimate import check_disk, estimate_table
 from data_prep.generations import Base, carry_rows, finish_index, known_documents, load_base
-from data_prep.mixing import Dose, doses, mix_table, quotas
+from data_prep.mixing import Dose, check_mix, doses, mix_table, pool_quotas
 from data_prep.overlap import find_files
 from data_prep.plan import Groups, block_slices, heldout_path, plan_group, rows_path, take_heldout
 from data_prep.ranks import Ranks, connect, each, launched_rank, on_rank_0
 from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publish, write_tar
 from data_prep.sharing import share
 from data_prep.similar import load_rensa
-from data_prep.sources import Source, Unit, find_sources, split
+from data_prep.sources import Source, Unit, find_sources, split, with_pools
 from data_prep.spill import Counts, Spills, spill, spill_path
 from data_prep.summary import heldout_warning, report_losses, summary_table
 from data_prep.tokenizer import Tokenizer
@@ -184,7 +184,7 @@ def build(recipe: PrepRecipe, ranks: Ranks, *, append: bool = False) -> None:
     """
     started = time.monotonic()
     folder = Path(str(recipe.prep.output_dir))
-    sources = on_rank_0(ranks, lambda: find_sources(recipe.prep.input))
+    sources = on_rank_0(ranks, lambda: _sources(recipe))
     tokenizer = each(ranks, lambda: Tokenizer(recipe.tokenizer))
     _check_same_tokenizer(recipe, tokenizer, ranks)
     base = on_rank_0(ranks, lambda: load_base(folder, recipe, tokenizer)) if append else None
@@ -210,8 +210,12 @@ def build(recipe: PrepRecipe, ranks: Ranks, *, append: bool = False) -> None:
         on_rank_0(ranks, lambda: close_work(folder))
 
 
+def _sources(recipe: PrepRecipe) -> list[Source]:
+    return with_pools(find_sources(recipe.prep.input), recipe.prep)
+
+
 def _dry_run(recipe: PrepRecipe) -> str:
-    sources = find_sources(recipe.prep.input)
+    sources = _sources(recipe)
     return estimate_table(sources, recipe.prep, Tokenizer(recipe.tokenizer), recipe.seed)
 
 
@@ -228,7 +232,7 @@ def _settings_digest(
 ) -> str:
     """Names the work: a restart goes on with an equal digest."""
     prep = dataclasses.asdict(recipe.prep)
-    for key in ("input", "output_dir", "tokenizer", "on_error", "exclude"):
+    for key in ("input", "output_dir", "tokenizer", "on_error", "exclude", "source_weights"):
         del prep[key]
     excluded = [hashlib.sha256(p.read_bytes()).hexdigest() for p in find_files(recipe.prep.exclude)]
     named = {
@@ -240,6 +244,11 @@ def _settings_digest(
         "exclude": sorted(excluded),
         "base": base and base.digest,
     }
+    if recipe.prep.source_weights:
+        pools = [(pool.weight, place) for place, pool in enumerate(recipe.prep.pools)]
+        named["source_weights"] = sorted(
+            (source.name, source.digest, *pools[source.pool]) for source in sources
+        )
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
@@ -350,29 +359,26 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
         draws = files.draws()
         for language, of_heldout in held.draws.items():
             draws[language] -= of_heldout
-        tokens = {name: int(of_draw.sum()) for name, of_draw in draws.items() if of_draw.any()}
+        draws = {name: of_pools for name, of_pools in draws.items() if of_pools.any()}
+        tokens = {name: of_pools.sum(1) for name, of_pools in draws.items()}
         if not tokens:
             raise ConfigError(
                 f"prep.input holds no text that could be trained on ({sum(there.values())} "
                 f"documents with text under prep.text_key={job.prep.text_key!r}); correct the key "
                 "or the globs"
             )
-        taken = quotas(tokens, job.prep)
-        if not any(taken.values()):
-            raise ConfigError(
-                f"prep.weights is 0 for all languages that there is text of ({', '.join(tokens)}), "
-                "so nothing would be trained on; give one of them more"
-            )
+        check_mix(tokens, job.prep)
+        taken = pool_quotas(tokens, job.prep)
         print(mix_table(tokens, job.prep, None), flush=True)
         return {
             "counts": held.counts.to_json(),
             "heldout_rows": {language: len(rows) for language, rows in held.rows.items()},
             "until": held.until,
             "doses": {
-                language: dataclasses.astuple(dose)
-                for language, dose in doses({n: draws[n] for n in tokens}, job.prep).items()
+                language: [dataclasses.astuple(dose) for dose in of_pools]
+                for language, of_pools in doses(draws, job.prep).items()
             },
-            "tokens": sum(taken.values()),
+            "tokens": int(sum(of_pools.sum() for of_pools in taken.values())),
         }
 
     return job.stage("mix", [], lambda _: None, decide)
@@ -381,7 +387,9 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
 def _pack(job: _Job, files: TokenFiles, groups: Groups, mix: Any) -> list[Any]:
     """Pack every group's documents into rows; gives what was counted, group by group."""
     until = {language: tuple(key) for language, key in mix["until"].items()}
-    of_language = {language: Dose(*dose) for language, dose in mix["doses"].items()}
+    of_language = {
+        language: [Dose(*dose) for dose in of_pools] for language, of_pools in mix["doses"].items()
+    }
 
     def pack_group(group: int) -> None:
         path = rows_path(job.work, group)

@@ -24,8 +24,11 @@ from data_prep.documents import Fault, read_raw
 from data_prep.exchange import KEY, partition_of, read_partition, write_run
 from data_prep.sources import Unit
 
-# `language` is a place in the unit's list of them; `bytes` of text are spilled with the record.
-DOCUMENT = np.dtype([*KEY, ("language", "<u2"), ("chars", "<u4"), ("bytes", "<u4")])
+# `language` is a place in the unit's list of them, `pool` one in `Prep.pools`; `bytes` of text are
+# spilled with the record.
+DOCUMENT = np.dtype(
+    [*KEY, ("language", "<u2"), ("pool", "<u2"), ("chars", "<u4"), ("bytes", "<u4")]
+)
 RUN_BYTES = 64 << 20  # of text held before it is written
 MAX_LANGUAGES = 1000
 
@@ -106,14 +109,15 @@ def spill(
     languages: dict[str, int] = {}
     documents = read_documents(unit, prep, cleaner, counts, faults)
     with write_container(path) as writer:
-        records: list[tuple[int, int, int, int, int]] = []
+        records: list[tuple[int, int, int, int, int, int]] = []
         texts: list[bytes] = []
         num_bytes = 0
         for document in documents:
             text = document.text.encode()
             language = languages.setdefault(document.language, len(languages))
             _check_languages(languages, prep)
-            records.append((*key_of(text, seed), language, len(document.text), len(text)))
+            places = (language, unit.source.pool)
+            records.append((*key_of(text, seed), *places, len(document.text), len(text)))
             texts.append(text)
             num_bytes += len(text)
             if num_bytes >= RUN_BYTES:

@@ -14,6 +14,7 @@ from data_prep.command import RunError
 from data_prep.config import Prep
 from data_prep.container import Container
 from data_prep.documents import Fault
+from data_prep.sources import Source, Unit
 from data_prep.spill import CleanDocument, Counts, Spills, key_of, read_documents, spill, spill_path
 
 UNITS = [
@@ -174,8 +175,9 @@ def test_a_unit_that_fails_leaves_no_spill(
         raise RunError("de.jsonl cannot be read")
 
     monkeypatch.setattr(spill_module, "read_raw", read_raw)
+    unit = Unit(Source("/de.jsonl", "de.jsonl", 9, "jsonl", None, ""), 0, 9, 9)
     with pytest.raises(RunError, match="cannot be read"):
-        spill(None, spill_path(tmp_path, 0), Prep(), strip, 4, 1)
+        spill(unit, spill_path(tmp_path, 0), Prep(), strip, 4, 1)
     assert not spill_path(tmp_path, 0).exists()
 
 
