@@ -48,7 +48,7 @@ from data_prep.ranks import Ranks, connect, each, launched_rank, on_rank_0
 from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publish, write_tar
 from data_prep.sharing import share
 from data_prep.similar import load_rensa
-from data_prep.sources import Source, Unit, find_sources, split, with_pools
+from data_prep.sources import Source, Unit, find_sources, reading_digest, split, with_pools
 from data_prep.spill import Counts, Spills, spill, spill_path
 from data_prep.summary import heldout_warning, report_losses, summary_table
 from data_prep.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAYON_NUM_THREADS", str(_threads_per_rank(ranks)))
     try:
         if options.dry_run:
-            on_rank_0(ranks, lambda: print(_dry_run(recipe)))
+            on_rank_0(ranks, lambda: print(_dry_run(recipe, append=options.append)))
         else:
             build(recipe, ranks, append=options.append)
     except (ConfigError, RunError, ElsewhereError):
@@ -130,6 +130,11 @@ class _Job:
     @property
     def generation(self) -> int:
         return self.base.manifest.generation + 1 if self.base else 1
+
+    @property
+    def earlier(self) -> set[str]:
+        """Languages of the generations that are added to."""
+        return set(self.base.manifest.accounting) if self.base else set()
 
     @property
     def text_bytes(self) -> int:
@@ -188,8 +193,7 @@ def build(recipe: PrepRecipe, ranks: Ranks, *, append: bool = False) -> None:
     tokenizer = each(ranks, lambda: Tokenizer(recipe.tokenizer))
     _check_same_tokenizer(recipe, tokenizer, ranks)
     base = on_rank_0(ranks, lambda: load_base(folder, recipe, tokenizer)) if append else None
-    if base is not None:
-        sources = [source for source in sources if source.digest not in base.manifest.sources]
+    sources = _new(sources, recipe, base)
     settings = on_rank_0(ranks, lambda: _settings_digest(recipe, sources, tokenizer, base))
 
     def is_finished() -> bool:
@@ -214,9 +218,18 @@ def _sources(recipe: PrepRecipe) -> list[Source]:
     return with_pools(find_sources(recipe.prep.input), recipe.prep)
 
 
-def _dry_run(recipe: PrepRecipe) -> str:
-    sources = _sources(recipe)
-    return estimate_table(sources, recipe.prep, Tokenizer(recipe.tokenizer), recipe.seed)
+def _new(sources: list[Source], recipe: PrepRecipe, base: Base | None) -> list[Source]:
+    """Those that no earlier generation read as they would be read now."""
+    read = base.manifest.sources if base else {}
+    return [source for source in sources if reading_digest(source, recipe.prep) not in read]
+
+
+def _dry_run(recipe: PrepRecipe, *, append: bool) -> str:
+    tokenizer = Tokenizer(recipe.tokenizer)
+    base = load_base(Path(str(recipe.prep.output_dir)), recipe, tokenizer) if append else None
+    sources = _new(_sources(recipe), recipe, base)
+    earlier = base.manifest.accounting if base else {}
+    return estimate_table(sources, recipe.prep, tokenizer, recipe.seed, earlier=earlier)
 
 
 def _check_same_tokenizer(recipe: PrepRecipe, tokenizer: Tokenizer, ranks: Ranks) -> None:
@@ -286,7 +299,9 @@ def _announce(job: _Job) -> None:
     """Before the long work starts: is there room, and what will there be of each language?"""
     check_disk(job.folder, job.text_bytes, job.tokenizer)
     if job.text_bytes >= ANNOUNCED_BYTES and not (job.work / "read.done").exists():
-        text = estimate_table(job.sources, job.prep, job.tokenizer, job.recipe.seed, samples=4)
+        text = estimate_table(
+            job.sources, job.prep, job.tokenizer, job.recipe.seed, samples=4, earlier=job.earlier
+        )
         print(text, flush=True)
 
 
@@ -367,7 +382,7 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
                 f"documents with text under prep.text_key={job.prep.text_key!r}); correct the key "
                 "or the globs"
             )
-        check_mix(tokens, job.prep)
+        check_mix(tokens, job.prep, job.earlier)
         taken = pool_quotas(tokens, job.prep)
         print(mix_table(tokens, job.prep, None), flush=True)
         return {
@@ -494,7 +509,10 @@ def _manifest(job: _Job, parts: list[Any], shards: list[Shard]) -> Manifest:
         tokens=dict(tokens),
         segment_lengths={language: dict(counts) for language, counts in lengths.items()},
         accounting=accounting,
-        sources={**(before.sources if before else {}), **{s.digest: s.name for s in job.sources}},
+        sources={
+            **(before.sources if before else {}),
+            **{reading_digest(source, job.prep): source.name for source in job.sources},
+        },
         shards=(*train, *heldout),
     )  # fmt: skip
 

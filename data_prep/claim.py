@@ -82,7 +82,8 @@ def _make(folder: Path) -> None:
 def open_work(folder: Path, settings: str) -> None:
     """Make the work folder, or go on in the one that an unfinished preparation left.
 
-    Unfinished work of other settings or releases is removed; files that no preparation began are not.
+    Unfinished work of other settings or releases is removed; files that no preparation began are
+    not.
 
     Raises:
         ConfigError: there are tars in the folder, but no unfinished preparation.

@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import hashlib
 import itertools
+import json
 import os
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -98,6 +99,12 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         sources = threads.map(_source, kept.keys(), kept.values())
         return sorted(sources, key=lambda source: (source.name, source.url))
+
+
+def reading_digest(source: Source, prep: Prep) -> str:
+    """Names what is read of a source: its content, its format, and the keys it is read under."""
+    keys = [] if source.format == "txt" else [prep.text_key, prep.lang_key]
+    return _sha256(json.dumps([source.digest, source.format, *keys]))
 
 
 def with_pools(sources: Sequence[Source], prep: Prep) -> list[Source]:
