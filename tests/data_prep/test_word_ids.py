@@ -265,6 +265,54 @@ def test_a_document_of_five_megabytes(backend_of, words, lines) -> None:
     assert_equal(backend_of("teacher"), ["first", text, "last"], words("teacher"))
 
 
+letters_and_marks = st.text(
+    st.one_of(
+        st.sampled_from(CHARS),
+        st.characters(categories=["L", "Nd"]),
+        st.sampled_from(
+            "azAZ09бת\u0627\u0644กะ漢字가각かガ\u0915\u0301\u0323\u3099\u094d\u11a8\u200d"
+        ),
+    ),
+    max_size=40,
+)
+
+
+@given(text=letters_and_marks)
+@settings(max_examples=300)
+def test_normalising_in_parts_changes_nothing(backend_of, text: str) -> None:
+    parts = word_ids.BETWEEN_LETTERS.split(text)
+    made: list[Any] = [backend_of("teacher").normalizer]
+    made += [getattr(normalizers, name)() for name in word_ids.NORMALIZERS - {"Precompiled"}]
+    for normalizer in made:
+        whole = normalizer.normalize_str(text)
+        assert "".join(map(normalizer.normalize_str, parts)) == whole, normalizer
+
+
+@each_kind
+def test_long_words_are_normalised_in_parts(backend_of, words, lines, kind: str) -> None:
+    texts = ["".join(line.split()) for line in lines]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word_ids, "NORMALIZED_CHARS", 30)
+        assert_equal(backend_of(kind), texts, words(kind))
+
+
+@pytest.mark.parametrize("pieces", ["漢字" * 10, "abcdefgh" * 5], ids=["ideographs", "letters"])
+def test_a_long_word_takes_little_memory(repo: Path, teacher_dir: Path, pieces: str) -> None:
+    code = (
+        "import random, resource, sys\n"
+        "from data_prep.tokenizer import Tokenizer\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "tokenizer, letters = Tokenizer(sys.argv[1]), random.Random(1)\n"
+        "word = ''.join(letters.choices(sys.argv[2], k=6_000_000))\n"
+        "before, size = peak(), len(word.encode())\n"
+        "tokenizer.encode([word])\n"
+        "print((peak() - before) / size)\n"
+    )
+    words = [sys.executable, "-c", code, str(teacher_dir), pieces]
+    done = subprocess.run(words, cwd=repo, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 30  # bytes for one of the word; the library alone takes sixty
+
+
 def test_more_words_than_are_kept(backend_of) -> None:
     # more than the table has slots: all are forgotten on the way, more than once
     numbers = [
