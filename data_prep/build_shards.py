@@ -49,7 +49,17 @@ from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publ
 from data_prep.sharing import share
 from data_prep.similar import load_rensa
 from data_prep.sources import Source, Unit, find_sources, reading_digest, split, with_pools
-from data_prep.spill import Counts, Spills, spill, spill_path
+from data_prep.spill import (
+    FEW_SPILLS,
+    MERGED_BYTES,
+    Counts,
+    Spills,
+    merge_groups,
+    merge_spills,
+    merged_path,
+    spill,
+    spill_path,
+)
 from data_prep.summary import heldout_warning, report_losses, summary_table
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import Removals, TokenFiles, tokenise, tokens_path
@@ -267,12 +277,12 @@ def _settings_digest(
 
 def _prepare(job: _Job) -> Callable[[], Manifest]:
     """The stages. Returns what makes the manifest, once they are all done."""
-    on_rank_0(job.ranks, lambda: _announce(job))
     units: list[Unit] = on_rank_0(job.ranks, job.units)
+    on_rank_0(job.ranks, lambda: _announce(job, len(units)))
     read = _read(job, units)
     before = set(job.base.manifest.tokens) if job.base else set()
     languages = [*read["languages"], *sorted(before - set(read["languages"]))]
-    _tokenise(job, len(units))
+    _tokenise(job, _merge(job, read["spilled"]))
     paths = [tokens_path(job.work, partition) for partition in range(job.num_partitions)]
     files = each(job.ranks, lambda: TokenFiles(paths, languages))
     mix = _mix(job, files)
@@ -295,9 +305,10 @@ def _prepare(job: _Job) -> Callable[[], Manifest]:
     return make_manifest
 
 
-def _announce(job: _Job) -> None:
+def _announce(job: _Job, num_units: int) -> None:
     """Before the long work starts: is there room, and what will there be of each language?"""
-    check_disk(job.folder, job.text_bytes, job.tokenizer)
+    merged = MERGED_BYTES * job.ranks.size if num_units > FEW_SPILLS else 0
+    check_disk(job.folder, job.text_bytes, job.tokenizer, merged)
     if job.text_bytes >= ANNOUNCED_BYTES and not (job.work / "read.done").exists():
         text = estimate_table(
             job.sources, job.prep, job.tokenizer, job.recipe.seed, samples=4, earlier=job.earlier
@@ -314,23 +325,44 @@ def _read(job: _Job, units: Sequence[Unit]) -> Any:
         spill(units[index], path, job.prep, cleaner, job.num_partitions, job.recipe.seed)
 
     def summarise() -> Any:
-        spills = Spills(job.work, len(units), job.prep)
+        paths = [spill_path(job.work, index) for index in range(len(units))]
+        spills = Spills(paths, job.prep)
         faults = [dataclasses.astuple(fault) for fault in spills.faults]
         return {
             "counts": spills.counts.to_json(),
             "languages": spills.languages,
             "faults": faults,
+            "spilled": [path.stat().st_size for path in paths],
             "excluded_by": spills.excluded_by,
         }
 
     return job.stage("read", [unit.bytes for unit in units], read, summarise)
 
 
-def _tokenise(job: _Job, num_units: int) -> None:
+def _merge(job: _Job, sizes: Sequence[int]) -> list[Path]:
+    """Merge spills where there are many; gives the files that tokenising reads."""
+    units = [spill_path(job.work, index) for index in range(len(sizes))]
+    groups = merge_groups(sizes)
+    merged = [
+        merged_path(job.work, number) if len(group) > 1 else units[group.start]
+        for number, group in enumerate(groups)
+    ]
+
+    def merge(number: int) -> None:
+        group = groups[number]
+        if len(group) > 1:
+            merge_spills(units[group.start : group.stop], merged[number], job.prep)
+
+    if len(groups) < len(units):
+        job.stage("merge", [sum(sizes[unit] for unit in group) for group in groups], merge)
+    return merged
+
+
+def _tokenise(job: _Job, paths: Sequence[Path]) -> None:
     """Drop duplicates and tokenise the rest, then remove the spills."""
     number = job.num_partitions
     if not on_rank_0(job.ranks, (job.work / "tokenise.done").exists):
-        spills = each(job.ranks, lambda: Spills(job.work, num_units, job.prep))
+        spills = each(job.ranks, lambda: Spills(paths, job.prep))
 
         def for_each_partition(name: str, work: Callable[[int], None]) -> None:
             job.stage(name, [1] * number, work)

@@ -29,23 +29,28 @@ _COMPRESS: dict[str | None, Callable[[bytes], bytes]] = {
 }  # the other kinds compress about as zlib does
 
 
-def disk_needed(text_bytes: int, id_bytes: int) -> int:
+def disk_needed(text_bytes: int, id_bytes: int, merged_bytes: int = 0) -> int:
     """Bytes that a preparation writes at its fullest moment, about.
 
-    First the clean text and its ids are there together, then the ids and the shards. An id stands
-    for about four bytes of text.
+    First a part of the clean text is there twice, while spills are merged; then the text and its
+    ids are there together, then the ids and the shards. An id stands for about four bytes of text.
+
+    Args:
+        text_bytes: of clean text.
+        id_bytes: of an id.
+        merged_bytes: of text that is merged at the same time.
     """
     ids = text_bytes * id_bytes // 4
-    return max(text_bytes + ids, 2 * ids)
+    return max(text_bytes + min(merged_bytes, text_bytes), text_bytes + ids, 2 * ids)
 
 
-def check_disk(folder: Path, text_bytes: int, tokenizer: Tokenizer) -> None:
+def check_disk(folder: Path, text_bytes: int, tokenizer: Tokenizer, merged_bytes: int = 0) -> None:
     """Say how much disk space is needed, and refuse to begin where there is less.
 
     Raises:
         RunError: the folder's file system has less free.
     """
-    needed = disk_needed(text_bytes, np.dtype(tokenizer.dtype).itemsize)
+    needed = disk_needed(text_bytes, np.dtype(tokenizer.dtype).itemsize, merged_bytes)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(

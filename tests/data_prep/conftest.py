@@ -280,6 +280,6 @@ def spill_units(strip: Any) -> Callable[..., Spills]:
                 source = types.SimpleNamespace(pool=pool)
                 unit: Any = types.SimpleNamespace(source=source, documents=documents)
                 spill(unit, spill_path(work, number), prep or Prep(), strip, of, seed)
-        return Spills(work, len(units), prep or Prep())
+        return Spills([spill_path(work, i) for i in range(len(units))], prep or Prep())
 
     return spill_all
