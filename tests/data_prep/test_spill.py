@@ -132,7 +132,7 @@ def test_a_key_is_a_digest_of_the_text_under_the_seed() -> None:
     assert b"".join(part.to_bytes(8, "big") for part in keys[0]) == whole
 
 
-@pytest.mark.parametrize("at_once", [1, 1000])
+@pytest.mark.parametrize("at_once", [1, 4000, 1 << 20])
 def test_merged_spills_read_as_their_units_do(
     spill_units: Callable[..., Spills], tmp_path: Path, monkeypatch, at_once: int
 ) -> None:
