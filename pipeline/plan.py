@@ -1,13 +1,14 @@
 """What a run will need, before it starts: memory, time, disk, energy and money.
 
-    python -m pipeline.plan R.yaml --gpu_name H100 --nodes 4 [--deepspeed ds_configs/zero2.json]
+    python -m pipeline.plan R.yaml --gpu 80GB --nodes 4 [--deepspeed ds_configs/zero2.json]
+    python -m pipeline.plan R.yaml --gpu_name H100 --nodes 4
     python -m pipeline.plan R.yaml --gpu 24GB --matmul_tflops 90 --gpus 1 8 64
     python -m pipeline.plan R.yaml --cpu [--nodes 2] [--cores 32] [--matmul_tflops 7]
 
 Models are counted from their config.json; no weights are loaded. With --gpus the largest
-train.micro_batch_size that fits is taken for every number of GPUs; otherwise the recipe's is, and
-one that does not fit is refused. docs/scaling.md says what is assumed, and how far predictions
-were from measurements.
+train.micro_batch_size that fits is taken for every number of GPUs; otherwise the recipe's is, or
+where that does not fit the largest that does, with a warning. docs/scaling.md says what is assumed,
+and how far predictions were from measurements.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import dataclasses
 import json
 import os
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +29,6 @@ from pipeline.config import (
     DEFAULT_DS_CONFIG,
     Recipe,
     check_layer,
-    check_world,
     divisors,
     load_recipes,
     read_ds_config,
@@ -170,21 +171,28 @@ class Planner:
         remedy = "more memory, more ranks, a higher ZeRO stage or a smaller model"
         raise self._refusal(1, ranks, machines, remedy)
 
-    def checked_micro_batch(self, ranks: int, machines: Machines) -> int:
-        """The recipe's micro_batch_size.
+    def micro_batch(self, ranks: int, machines: Machines) -> tuple[int, str | None]:
+        """The recipe's micro_batch_size, or where that will not do the largest that does.
+
+        Returns:
+            Rows, and why they are not the recipe's; None where they are.
 
         Raises:
-            ConfigError: it does not divide a rank's rows or does not fit; names what does.
+            ConfigError: as `largest_micro_batch`.
         """
-        remedy = f"--train.micro_batch_size {self.largest_micro_batch(ranks, machines)}"
+        largest = self.largest_micro_batch(ranks, machines)
         rows = self.recipe.train.micro_batch_size
-        if sum(self.memory(rows, ranks, machines.device).values()) > machines.memory:
-            raise self._refusal(rows, ranks, machines, remedy)
-        try:
-            check_world(self.recipe, ranks)
-        except ConfigError as error:
-            raise ConfigError(f"{error}; {remedy} fits here") from error
-        return rows
+        needed = sum(self.memory(rows, ranks, machines.device).values())
+        if needed > machines.memory:
+            why = f"needs {needed / 1e9:.1f} GB of a rank's {machines.memory / 1e9:.1f}"
+        elif self.recipe.train.batch_size % (rows * ranks):
+            why = f"x {ranks} ranks does not divide train.batch_size={self.recipe.train.batch_size}"
+        else:
+            return rows, None
+        return largest, (
+            f"train.micro_batch_size={rows} {why}, so training would refuse or fail; planned with, "
+            f"and to be run with, --train.micro_batch_size {largest}"
+        )
 
     def _refusal(self, rows: int, ranks: int, machines: Machines, remedy: str) -> ConfigError:
         parts = self.memory(rows, ranks, machines.device)
@@ -283,7 +291,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = [(ranks, planner.largest_micro_batch(ranks, machines)) for ranks in options.gpus]
     else:
         ranks = (options.nodes or 1) * machines.network.ranks_per_node
-        sizes = [(ranks, planner.checked_micro_batch(ranks, machines))]
+        rows, why_not = planner.micro_batch(ranks, machines)
+        sizes = [(ranks, rows)]
+        if why_not is not None:
+            print(f"warning: {why_not}", file=sys.stderr)
     plans = [planner.plan(ranks, rows, machines) for ranks, rows in sizes]
     notes = [*machines.assumptions, *_notes(recipes)]
     if options.json:
@@ -363,13 +374,13 @@ def gpu_machines(options: argparse.Namespace) -> Machines:
             f"--gpu_name {options.gpu_name!r} is not known here; use one of {', '.join(GPUS)}, or "
             "give --gpu and --matmul_tflops"
         )
-    if known is None and not (options.gpu and options.matmul_tflops):
+    if known is None and not options.gpu:
         raise ConfigError(
-            "neither --gpu_name nor both of --gpu and --matmul_tflops say what the GPU can do, so "
-            f"no time can be told; use --gpu_name with one of {', '.join(GPUS)}, or give both"
+            "neither --gpu nor --gpu_name says what a GPU has, so nothing can be told of it; give "
+            f"its memory, such as --gpu 80GB, or --gpu_name with one of {', '.join(GPUS)}"
         )
-    slowest = min(GPUS.values(), key=lambda gpu: gpu.memory_bandwidth)
-    sheet = known or slowest
+    name = options.gpu_name or slowest_gpu(options.gpu)
+    sheet = GPUS[name]
     share = options.matmul_share or SHARES["cuda"]
     assumptions = []
     if options.matmul_tflops:
@@ -381,7 +392,10 @@ def gpu_machines(options: argparse.Namespace) -> Machines:
             f"{sheet.dense_flops / 1e12:.0f} TFLOP/s (--matmul_tflops gives a measured one)"
         )
     if known is None:
-        assumptions.append("links and memory as slow as an L4's, since --gpu_name is not given")
+        assumptions.append(
+            f"it is as fast as an {name}, the slowest known with that much memory (--gpu_name says "
+            "which it is)"
+        )
     if options.matmul_share is None:
         assumptions.append(
             f"a step reaches {share:.0%} of that; no GPU has been measured (--matmul_share gives "
@@ -404,10 +418,20 @@ def gpu_machines(options: argparse.Namespace) -> Machines:
             overlap=0.0,
         ),
         disk=1e9 * options.disk_gbytes,
-        watts=known.watts if known else None,
+        watts=sheet.watts,
         price=options.price_per_gpu_hour,
         assumptions=assumptions,
     )
+
+
+def slowest_gpu(memory: float) -> str:
+    """The slowest GPU that is known with `memory` bytes; the one with most where none has them."""
+    from pipeline.hardware import GPUS
+
+    enough = [name for name, gpu in GPUS.items() if gpu.memory >= memory]
+    if not enough:
+        return max(GPUS, key=lambda name: GPUS[name].memory)
+    return min(enough, key=lambda name: GPUS[name].dense_flops)
 
 
 def cpu_machines(options: argparse.Namespace) -> Machines:

@@ -181,15 +181,10 @@ def test_json_adds_up(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--gpu_name=H100", "--nodes=4"], r"x 32 ranks = 1024.*--train.micro_batch_size 8 fits"),
-        (
-            ["--gpu=5.6GB", "--gpu_name=L4", "--gpus_per_node=1"],
-            r"=32 needs .* has 5.6 GB.*size 16$",
-        ),
         (["--gpu=2GB", "--gpu_name=L4"], r"=1 needs .* has 2.0 GB.*a smaller model"),
         (["--gpu_name=H100", "--gpus", "7"], r"not a multiple of 7 ranks.*use 4 ranks"),
         (["--gpu_name=H1000"], r"'H1000' is not known here; use one of L4"),
-        (["--gpu=80GB"], r"--matmul_tflops"),
+        (["--nodes=4"], r"--gpu 80GB, or --gpu_name with one of L4"),
         (["--cpu", "--gpu_name=H100"], r"use one"),
         (["--gpu_name=H100", "--gpus", "8", "--nodes", "1"], r"leave one out"),
     ],
@@ -197,6 +192,30 @@ def test_json_adds_up(large: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_refusals_say_what_fits(large: Path, options: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan.main(command(large, *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "rows", "why"),
+    [
+        (["--gpu=80GB", "--nodes=4"], 8, "x 32 ranks does not divide train.batch_size=256"),
+        (["--gpu=5.6GB", "--gpus_per_node=1"], 16, "GB of a rank's 5.6"),
+        (["--gpu_name=H100", "--nodes=1"], 32, ""),
+    ],
+)
+def test_what_does_not_fit_is_planned_with_what_does(
+    large: Path, options: list[str], rows: int, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(command(large, *options, "--json")) == 0
+    captured = capsys.readouterr()
+    (found,) = json.loads(captured.out)["plans"]
+    assert found["micro_batch_size"] == rows
+    assert why in captured.err
+    assert captured.err.endswith(f"--train.micro_batch_size {rows}\n" if why else "")
+
+
+def test_a_gpu_without_a_name_is_the_slowest_known_with_its_memory() -> None:
+    sizes = {24e9: "L4", 25e9: "A100-40GB", 80e9: "A100", 81e9: "H200", 500e9: "B200"}
+    assert {memory: plan.slowest_gpu(memory) for memory in sizes} == sizes
 
 
 def test_cpu_nodes_need_a_network_only_together(
