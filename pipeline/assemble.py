@@ -29,6 +29,7 @@ from pipeline.checkpoint import (
     State,
     check_identity,
     identity,
+    is_foreign,
     shards_digest_of,
     tag_of,
 )
@@ -173,7 +174,11 @@ def _check_student(
         objective=objective,
         target=Target(objective.teacher_needs, layer),
         checkpoints=Checkpoints(
-            Path(recipe.output_dir), topology, keep=recipe.train.keep_checkpoints
+            Path(recipe.output_dir),
+            topology,
+            keep=recipe.train.keep_checkpoints,
+            keep_every=recipe.train.keep_every,
+            max_failed_saves=recipe.train.max_failed_saves,
         ),
     )
 
@@ -279,12 +284,12 @@ def _engine(student: _Student, topology: Topology, device: torch.device) -> tupl
         )
         state = State(step=0, tokens=0, world_size=topology.world_size, identity=student.identity)
         return Engine(encoder, recipe, student.ds_config, load_universal=False), state
-    foreign = checkpoints.is_foreign(saved)
+    state = dataclasses.replace(saved, world_size=topology.world_size, identity=student.identity)
+    foreign = is_foreign(saved, state)
     engine = Engine(encoder, recipe, student.ds_config, load_universal=foreign)
-    checkpoints.restore(engine, saved)
+    checkpoints.restore(engine, saved, foreign=foreign)
     if topology.rank == 0:
         print(f"resuming from {checkpoints.folder / tag_of(saved.step)}", flush=True)
-    state = dataclasses.replace(saved, world_size=topology.world_size, identity=student.identity)
     return engine, state
 
 

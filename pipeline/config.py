@@ -180,7 +180,9 @@ class Train:
         adam_eps: of AdamW.
         max_grad_norm: global gradient norm that gradients are clipped to.
         save_every: steps between checkpoints.
-        keep_checkpoints: complete checkpoints that are kept.
+        keep_checkpoints: complete checkpoints that are kept, the newest.
+        keep_every: checkpoints of steps that are its multiples are kept besides; 0 is none.
+        max_failed_saves: checkpoints in a row that cannot be written before the run ends.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between held-out losses; 0 is never.
         compile: let torch.compile fuse the layers of both models, over batches of one shape; for
@@ -198,6 +200,8 @@ class Train:
     max_grad_norm: float = 1.0
     save_every: int = 1000
     keep_checkpoints: int = 3
+    keep_every: int = 0
+    max_failed_saves: int = 3
     log_every: int = 10
     eval_every: int = 1000
     compile: bool = False
@@ -379,6 +383,7 @@ def check_recipe(recipe: Recipe) -> None:
         "train.micro_batch_size": train.micro_batch_size,
         "train.save_every": train.save_every,
         "train.keep_checkpoints": train.keep_checkpoints,
+        "train.max_failed_saves": train.max_failed_saves,
         "train.log_every": train.log_every,
         "student.num_hidden_layers": student.num_hidden_layers,
         "student.hidden_size": student.hidden_size,
@@ -393,6 +398,7 @@ def check_recipe(recipe: Recipe) -> None:
     not_negative: dict[str, float] = {
         "train.warmup_steps": train.warmup_steps,
         "train.eval_every": train.eval_every,
+        "train.keep_every": train.keep_every,
         "train.weight_decay": train.weight_decay,
         "seed": recipe.seed,
     }

@@ -14,6 +14,7 @@ from torch.profiler import record_function
 from data_prep.command import (
     EXIT_FINISHED,
     EXIT_STOPPED,
+    ElsewhereError,
     RunError,
 )
 from pipeline.collectives import agree, all_max, on_rank_0
@@ -33,7 +34,20 @@ def train(runs: Sequence[Run], after_step: Callable[[], object]) -> int:
 
     Returns:
         The exit status: finished, or stopped on request with a checkpoint saved.
+
+    Raises:
+        RunError: as `train_step` does, after a checkpoint that was begun is written; or
+            checkpoints cannot be written.
     """
+    try:
+        return _train(runs, after_step)
+    except (RunError, ElsewhereError):  # which all ranks know of: none is missing in a collective
+        for run in runs:
+            run.checkpoints.wait()
+        raise
+
+
+def _train(runs: Sequence[Run], after_step: Callable[[], object]) -> int:
     train = runs[0].recipe.train
     while (done := min(run.state.step for run in runs)) < train.max_steps:
         behind = [run for run in runs if run.state.step == done]  # a kill can part them
@@ -46,6 +60,8 @@ def train(runs: Sequence[Run], after_step: Callable[[], object]) -> int:
             if is_last or stop or done % train.save_every == 0:
                 run.save()
         if stop and not is_last:
+            for run in runs:
+                run.checkpoints.finish()
             return EXIT_STOPPED
     for run in runs:
         run.finish()
@@ -82,7 +98,10 @@ def train_step(runs: Sequence[Run]) -> bool:
             if number < len(batches) - 1:
                 run.engine.between_micro_batches()
     parts_per_batch = [torch.stack(parts_of_run) for parts_of_run in parts]
-    stop = check_step(runs, parts_per_batch, batches)
+    stop, is_saving = check_step(runs, parts_per_batch, batches)
+    for run, is_run_saving in zip(runs, is_saving, strict=True):
+        if not is_run_saving:
+            run.checkpoints.settle()
     for run, parts_of_step in zip(runs, parts_per_batch, strict=True):
         train = run.recipe.train
         rate = learning_rate(step, train)
@@ -132,8 +151,8 @@ def dropout_seed(seed: int, batch: Batch) -> int:
 
 def check_step(
     runs: Sequence[Run], parts_per_batch: Sequence[torch.Tensor], batches: Sequence[Batch]
-) -> bool:
-    """Let all ranks agree that every loss is finite, and whether to stop after this step.
+) -> tuple[bool, list[bool]]:
+    """Let all ranks agree that every loss is finite, and on what to do after this step.
 
     Args:
         runs: the students'.
@@ -141,18 +160,23 @@ def check_step(
             step's losses.
         batches: this rank's batches of the step.
 
+    Returns:
+        Whether any rank was asked to stop, and of each student whether any rank is still writing
+        its checkpoint.
+
     Raises:
         RunError: on the rank whose loss is not finite, naming step, rank and rows.
     """
     first = runs[0]
     finite = [parts.isfinite().all(dim=1) for parts in parts_per_batch]
+    is_wanted = [first.stop.requested(), *(run.checkpoints.is_busy for run in runs)]
     flags = torch.stack(
-        [~torch.cat(finite).all(), torch.tensor(first.stop.requested(), device=first.device)]
+        [~torch.cat(finite).all(), *torch.tensor(is_wanted, device=first.device).unbind()]
     )
-    is_bad, stop = all_max(flags.int()).bool().tolist()
+    is_bad, stop, *is_saving = all_max(flags.int()).bool().tolist()
     if is_bad:
         agree(lambda: refuse_loss(runs, [of_run.tolist() for of_run in finite], batches))
-    return bool(stop)
+    return stop, is_saving
 
 
 def refuse_loss(

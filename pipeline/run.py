@@ -50,6 +50,13 @@ class Run:
     seconds: float = 0.0  # of training since the last log line
     tokens_logged: int = 0
 
+    def __post_init__(self) -> None:
+        self.checkpoints.on_failure = self._log_failed_saves
+
+    def _log_failed_saves(self, failed_saves: int) -> None:
+        if self.metrics is not None:
+            self.metrics.write(self.state.step, {"failed_saves": failed_saves})
+
     def advance(self, num_tokens: int, seconds: float) -> None:
         """Count a step that is done."""
         self.state = dataclasses.replace(
@@ -100,14 +107,15 @@ class Run:
                 self.metrics.write(self.state.step, losses)
 
     def save(self) -> None:
-        """Write a checkpoint of the state, after everything that it may stand for."""
+        """Begin a checkpoint of the state, after everything that it may stand for is on disk."""
         for log in (self.metrics, self.row_log):
             if log is not None:
                 log.sync()
         self.checkpoints.save(self.engine, self.state)
 
     def finish(self) -> None:
-        """Export the student and write the report, on rank 0."""
+        """Wait for the last checkpoint, then export the student and write the report."""
+        self.checkpoints.finish()
         self.bar.close()
         on_rank_0(lambda: finish(self.recipe, self.state))
 

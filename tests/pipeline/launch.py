@@ -250,3 +250,8 @@ def training(run_dir: Path) -> Iterator[dict[str, Any]]:
 def has_step(run_dir: Path, step: int) -> Callable[[], bool]:
     """Whether a step was logged."""
     return lambda: any(line["step"] >= step for line in metrics(run_dir))
+
+
+def has_checkpoint(run_dir: Path, step: int) -> Callable[[], bool]:
+    """Whether a step's checkpoint counts."""
+    return (run_dir / "checkpoints" / f"step-{step:08d}" / "COMPLETE").exists

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_prep.command import RunError
+from pipeline import loop
 from pipeline.config import Recipe
 from pipeline.engine import StepResult
 from pipeline.loader import Batch, Count
@@ -95,6 +96,7 @@ def make_run(
             objective=make_objective(recipe),
             teacher=teacher,
             engine=StandInEngine(),
+            checkpoints=SimpleNamespace(is_busy=False, settle=lambda: None),
             row_log=None,
             state=SimpleNamespace(step=step),
             advanced=[],
@@ -258,3 +260,34 @@ def test_the_rows_are_logged_where_it_is_asked(make_run) -> None:
     run.row_log = SimpleNamespace(write=written.append)
     train_step([run])
     assert written == [{"step": 5, "rows": [0, 1, 10, 11, 20, 21, 30, 31]}]
+
+
+# The loop
+
+
+def test_a_checkpoint_that_was_begun_counts_although_the_run_fails_after(
+    make_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, waited = make_run(save_every=1), []
+    run.save = lambda: waited.append("begun")
+    run.checkpoints.wait = lambda: waited.append("waited")
+
+    def step_once(runs: list[Any]) -> bool:
+        if waited:
+            raise RunError("the loss is not finite")
+        run.state.step += 1
+        return False
+
+    monkeypatch.setattr(loop, "train_step", step_once)
+    with pytest.raises(RunError, match="not finite"):
+        loop.train([run], lambda: None)
+    assert waited == ["begun", "waited"]
+
+
+def test_a_save_is_settled_once_no_rank_is_at_it(make_run) -> None:
+    run, settled = make_run(), []
+    run.checkpoints = SimpleNamespace(is_busy=True, settle=lambda: settled.append(run.state.step))
+    train_step([run])
+    run.checkpoints.is_busy = False
+    train_step([run])
+    assert settled == [1]
