@@ -63,18 +63,25 @@ from pipeline.stopping import StopRequest
 from pipeline.topology import Topology
 from pipeline.trimmed_tokenizer import trimmed_tokenizer
 from pipeline.vocabulary import Vocabulary, choose_vocabulary, in_words
+from pipeline.watchdog import Watchdog
 
 LOCK_PATIENCE = 120.0  # seconds: ranks of a launcher that died still finish and save their step
 
 
 def assemble(
-    recipes: Sequence[Recipe], stop: StopRequest, *, deepspeed: str, allow_change: list[str]
+    recipes: Sequence[Recipe],
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    deepspeed: str,
+    allow_change: list[str],
 ) -> list[Run]:
     """Check everything, connect the ranks, and start or restore the runs.
 
     Args:
         recipes: checked by themselves, of students that share the teacher's pass: one or several.
         stop: installed when the process began.
+        watchdog: is started when the ranks are connected and the shards are there.
         deepspeed: path of the DeepSpeed JSON.
         allow_change: keys that may differ from the checkpoint's.
 
@@ -96,6 +103,7 @@ def assemble(
             _claim(Path(recipe.output_dir))
     device = init_distributed(topology)
     on_rank_0(lambda: _prepare_if_missing(first))
+    watchdog.start(topology)
     for student in students:
         student.saved = student.checkpoints.newest()
     saved = next((student.saved for student in students if student.saved is not None), None)

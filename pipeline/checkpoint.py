@@ -30,7 +30,8 @@ LATEST = "latest"
 # Keys that cannot change what is learned: where things lie, and how often they are written down.
 FREE_KEYS = frozenset(
     "output_dir students data.shards data.prepare data.row_log data.verify data.cache_dir "
-    "data.cache_gb train.save_every train.keep_checkpoints train.log_every train.eval_every".split()
+    "data.cache_gb train.save_every train.keep_checkpoints train.log_every train.eval_every "
+    "watch.hang_seconds".split()
 )
 SHARDS_KEY = "data.shards (content)"  # the digest of the manifest that a run reads by
 

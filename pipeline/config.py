@@ -18,6 +18,7 @@ from data_prep.config import Prep
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "recipes" / "demo.yaml"
 DEFAULT_DS_CONFIG = ROOT / "ds_configs" / "zero2.json"
+HANG_SECONDS = (5.0, 1500.0)  # shortest and longest; COLLECTIVE_TIMEOUT is beyond
 PAPER_WEIGHTS = {
     "minilmv2": {"qq": 1.0, "kk": 1.0, "vv": 1.0},
     "minilm": {"at": 1.0, "vr": 1.0},
@@ -204,6 +205,18 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is looked for while a run goes on; docs/detection.md.
+
+    Args:
+        hang_seconds: without any rank going on, after which all are ended and the one that is
+            behind is named; null waits on.
+    """
+
+    hang_seconds: float | None = 1200.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
     """One of several students that learn from the same pass of the teacher.
 
@@ -230,6 +243,7 @@ class Recipe:
         objective: what of the teacher is imitated.
         prep: how raw text becomes shards.
         data: what the student is trained on.
+        watch: what is looked for while a run goes on.
         students: several students, each trained as if it were alone; empty is the one that the
             recipe describes.
     """
@@ -242,6 +256,7 @@ class Recipe:
     objective: Objective = dataclasses.field(default_factory=Objective)
     prep: Prep = dataclasses.field(default_factory=Prep)
     data: Data = dataclasses.field(default_factory=Data)
+    watch: Watch = dataclasses.field(default_factory=Watch)
     students: list[Variant] = dataclasses.field(default_factory=list)
 
     @property
@@ -421,6 +436,7 @@ def check_recipe(recipe: Recipe) -> None:
         if not 0 <= number < 1:
             raise ConfigError(f"{key}={number} is outside 0 <= x < 1; use a value in that range")
     _check_weights(objective)
+    _check_watch(recipe.watch)
     _check_init(student)
     _check_vocabulary(student)
     if not student.model and student.hidden_size % student.num_attention_heads:
@@ -434,6 +450,16 @@ def check_recipe(recipe: Recipe) -> None:
             f"train.micro_batch_size={train.micro_batch_size} does not divide "
             f"train.batch_size={train.batch_size}, so a step would miss rows; use one of "
             f"{divisors(train.batch_size)}"
+        )
+
+
+def _check_watch(watch: Watch) -> None:
+    shortest, longest = HANG_SECONDS
+    if watch.hang_seconds is not None and not shortest <= watch.hang_seconds <= longest:
+        raise ConfigError(
+            f"watch.hang_seconds={watch.hang_seconds} is outside {shortest:g} <= x <= {longest:g}: "
+            "in less, a busy host may not answer, and after more, the ranks' connections give up "
+            "by themselves; use a value in that range, or null to have only the latter"
         )
 
 

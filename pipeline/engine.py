@@ -17,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.profiler import record_function
 
 from data_prep.command import ConfigError, RunError, one_line
 from pipeline.config import Recipe, flatten
@@ -25,6 +24,7 @@ from pipeline.fused_layers import fuse
 from pipeline.loader import Batch
 from pipeline.models import Encoder
 from pipeline.objectives import Compared, of_text
+from pipeline.progress import part
 from pipeline.topology import Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest a rank waits, e.g. while rank 0 prepares text
@@ -264,13 +264,13 @@ class Engine:
         """Dropout on or off."""
         self._engine.train(mode)
 
-    @record_function("student")
+    @part("student")
     def __call__(self, batch: Batch) -> Compared:
         """What the student gives of the batch."""
         outputs: Compared = self._engine(*batch.inputs)
         return of_text(outputs, batch.num_tokens)
 
-    @record_function("backward")
+    @part("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of `loss` / accumulation steps, averaged over ranks."""
         self._engine.backward(loss)
@@ -279,7 +279,7 @@ class Engine:
         """Tell DeepSpeed that a micro-batch other than the step's last one is done."""
         self._engine.step()
 
-    @record_function("optimizer")
+    @part("optimizer")
     def step(self, learning_rate: float) -> StepResult:
         """Clip, update the weights, clear the gradient; a non-finite gradient updates nothing."""
         for group in self._engine.optimizer.param_groups:

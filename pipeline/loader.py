@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
-from torch.profiler import record_function
 
 from data_prep.block_cache import BlockCache
 from data_prep.command import RunError
@@ -22,6 +21,7 @@ from data_prep.shards import ShardReader
 from pipeline.assignment import DataOrder
 from pipeline.config import Recipe
 from pipeline.masking import Masking
+from pipeline.progress import part
 from pipeline.topology import Topology
 
 CACHED_BLOCKS = 16  # a batch spans few blocks; neighbours in a step are read again in the next
@@ -227,7 +227,7 @@ class Loader:
         first = self.order.rows(step, 0, rank, world_size)
         return range(first.start, first.start + self.order.batch_size // world_size)
 
-    @record_function("data")
+    @part("data")
     def micro_batches(self, step: int) -> list[Batch]:
         """What this rank reads for a 0-based step.
 

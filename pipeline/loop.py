@@ -18,6 +18,7 @@ from data_prep.command import (
 )
 from pipeline.collectives import agree, all_max, on_rank_0
 from pipeline.loader import Batch, Count
+from pipeline.progress import PROGRESS
 from pipeline.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -42,11 +43,14 @@ def train(runs: Sequence[Run], after_step: Callable[[], object]) -> int:
         done, is_last = done + 1, done + 1 == train.max_steps
         for run in behind:
             if train.eval_every and (is_last or done % train.eval_every == 0):
+                PROGRESS.begin("evaluation")
                 run.evaluate()
             if is_last or stop or done % train.save_every == 0:
+                PROGRESS.begin("saving")
                 run.save()
         if stop and not is_last:
             return EXIT_STOPPED
+    PROGRESS.begin("finishing")
     for run in runs:
         run.finish()
     return EXIT_FINISHED
@@ -67,6 +71,7 @@ def train_step(runs: Sequence[Run]) -> bool:
     """
     started = time.perf_counter()
     step, loader = runs[0].state.step, runs[0].loader
+    PROGRESS.begin("reading", step=step + 1)
     batches: list[Batch] = []
 
     def read() -> Count:
@@ -76,15 +81,19 @@ def train_step(runs: Sequence[Run]) -> bool:
     count = Count.sum(agree(read))  # over all ranks; damaged data on one rank ends all of them
     parts: list[list[torch.Tensor]] = [[] for _ in runs]
     for number, batch in enumerate(batches):
+        size = f"{batch.num_tokens} tokens, {len(batch.row_ids)} rows"
+        PROGRESS.begin(f"micro-batch {number + 1} of {len(batches)} ({size})")
         batch = batch.to(runs[0].device)
         for run, parts_of_run in zip(runs, parts, strict=True):
             parts_of_run.append(imitate(run, batch, count, len(batches)))
             if number < len(batches) - 1:
                 run.engine.between_micro_batches()
     parts_per_batch = [torch.stack(parts_of_run) for parts_of_run in parts]
+    PROGRESS.begin("agreement")
     stop = check_step(runs, parts_per_batch, batches)
     for run, parts_of_step in zip(runs, parts_per_batch, strict=True):
         train = run.recipe.train
+        PROGRESS.begin("update")
         rate = learning_rate(step, train)
         result = run.engine.step(rate)
         if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
