@@ -8,6 +8,7 @@ import fcntl
 import functools
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ from pipeline.checkpoint import (
     shards_digest_of,
     tag_of,
 )
-from pipeline.collectives import copy_from_rank_0, on_rank_0
+from pipeline.collectives import copy_from_rank_0, gather, on_rank_0
 from pipeline.config import ROOT, Recipe, check_layer, check_world, plain, read_ds_config
 from pipeline.engine import Engine, init_distributed, merge_ds_config
 from pipeline.export import CONFIG, save_start
@@ -206,7 +207,7 @@ def _build(
     rows = reader.manifest.heldout_rows  # 0 of a language with a single document
     heldout = {language: loader.heldout(language) for language, n in rows.items() if n}
     teacher = load_teacher(recipe, device, [student.target for student in students])
-    is_first = topology.rank == 0
+    is_first, hosts = topology.rank == 0, gather(platform.node())
     runs: list[Run] = []
     for student in students:
         engine, state = _engine(student, topology, device)
@@ -224,6 +225,7 @@ def _build(
                 heldout=heldout,
                 objective=student.objective,
                 teacher=functools.partial(teacher.of, student.target),
+                teacher_weights=teacher.replicas,
                 engine=engine,
                 checkpoints=student.checkpoints,
                 metrics=_metrics(student, state) if is_first else None,
@@ -237,7 +239,9 @@ def _build(
                     position=len(runs),
                     disable=None if is_first else True,
                 ),
+                hosts=hosts,
                 tokens_logged=state.tokens,
+                steps_logged=state.step,
             )
         )
     return runs

@@ -211,9 +211,22 @@ class Watch:
     Args:
         hang_seconds: without any rank going on, after which all are ended and the one that is
             behind is named; null waits on.
+        straggler_percent: that a rank's own work may take longer than the median of the others'
+            before a line says so.
+        on_loss_spike: what follows a loss far over those of the steps before: warn, a line that
+            names step and rows, or skip, the line and no update of the weights.
+        loss_spike_mads: median absolute deviations over the median that are far.
+        loss_spike_window: steps before, of which these are taken.
+        check_corruption_every: steps between two checks that all ranks compute the same from the
+            same rows and hold the same weights; null is never.
     """
 
     hang_seconds: float | None = 1200.0
+    straggler_percent: float = 50.0
+    on_loss_spike: Literal["warn", "skip"] = "warn"
+    loss_spike_mads: float = 10.0
+    loss_spike_window: int = 64
+    check_corruption_every: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -401,6 +414,7 @@ def check_recipe(recipe: Recipe) -> None:
         "student.intermediate_size": student.intermediate_size,
         "student.vocabulary_min_count": student.vocabulary_min_count,
         "objective.num_relation_heads": objective.num_relation_heads,
+        "watch.loss_spike_window": recipe.watch.loss_spike_window,
     }
     for key, value in at_least_one.items():
         if value < 1:
@@ -421,6 +435,8 @@ def check_recipe(recipe: Recipe) -> None:
         "objective.temperature": objective.temperature,
         "objective.mlm_probability": objective.mlm_probability,
         "data.cache_gb": recipe.data.cache_gb,
+        "watch.straggler_percent": recipe.watch.straggler_percent,
+        "watch.loss_spike_mads": recipe.watch.loss_spike_mads,
     }
     for key, number in positive.items():
         if not (number > 0 and math.isfinite(number)):
@@ -454,6 +470,12 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def _check_watch(watch: Watch) -> None:
+    every = watch.check_corruption_every
+    if every is not None and every < 1:
+        raise ConfigError(
+            f"watch.check_corruption_every={every} is below 1, so nothing would be checked; use 1 "
+            "or more, or null to say so"
+        )
     shortest, longest = HANG_SECONDS
     if watch.hang_seconds is not None and not shortest <= watch.hang_seconds <= longest:
         raise ConfigError(

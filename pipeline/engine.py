@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import math
 import os
 import shutil
 import warnings
@@ -289,6 +290,26 @@ class Engine:
             grad_norm=float(self._engine.get_global_grad_norm()),
             applied=self._engine.was_step_applied(),
         )
+
+    @part("optimizer")
+    def skip_step(self) -> StepResult:
+        """Clear the gradient and update nothing, on all ranks at once.
+
+        DeepSpeed does so where the gradient's norm is not finite, so it is told that this one is
+        not. It would also lower fp16's loss scale, which has nothing to do with it.
+        """
+        optimizer = self._engine.optimizer
+        with (
+            mock.patch(f"{type(optimizer).__module__}.is_invalid_grad_norm", return_value=True),
+            mock.patch.object(optimizer, "_update_scale", create=True),
+        ):
+            self._engine.step()
+        assert not self._engine.was_step_applied()
+        return StepResult(grad_norm=math.inf, applied=False)
+
+    def replicas(self) -> list[torch.Tensor]:
+        """The weights that every rank has a whole copy of: all, or under stage 3 none."""
+        return [] if self.stage == 3 else [p.detach() for p in self._engine.module.parameters()]
 
     def save(self, folder: Path, tag: str) -> None:
         """Every rank writes its shard into folder/tag; returns after all have."""

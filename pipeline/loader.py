@@ -243,14 +243,17 @@ class Loader:
     def _read_step(self, step: int) -> list[Batch]:
         if self._reader.is_remote:
             self._fetch(step)
-        rank, world_size = self._topology.rank, self._topology.world_size
-        batches = []
-        for micro_step in range(self._num_micro_steps):
-            positions = self.order.rows(step, micro_step, rank, world_size)
-            row_ids = tuple(self.order.row_ids(positions))
-            batch = self._assemble(self.order.runs(positions), None, positions.start, row_ids)
-            batches.append(batch.pinned() if torch.cuda.is_available() else batch)
-        return batches
+        batches = [
+            self.micro_batch(step, micro_step, self._topology.rank)
+            for micro_step in range(self._num_micro_steps)
+        ]
+        return [b.pinned() for b in batches] if torch.cuda.is_available() else batches
+
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> Batch:
+        """Any rank's micro-batch of any 0-based step."""
+        positions = self.order.rows(step, micro_step, rank, self._topology.world_size)
+        row_ids = tuple(self.order.row_ids(positions))
+        return self._assemble(self.order.runs(positions), None, positions.start, row_ids)
 
     def heldout(self, language: str) -> list[Batch]:
         """A language's held-out rows as batches of micro_batch_size, the last one shorter."""

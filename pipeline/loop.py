@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ from data_prep.command import (
     EXIT_STOPPED,
     RunError,
 )
-from pipeline.collectives import agree, all_max, on_rank_0
+from pipeline.collectives import agree, all_sum, on_rank_0
+from pipeline.corruption import check_corruption
 from pipeline.loader import Batch, Count
 from pipeline.progress import PROGRESS
 from pipeline.schedule import learning_rate
@@ -35,12 +37,15 @@ def train(runs: Sequence[Run], after_step: Callable[[], object]) -> int:
     Returns:
         The exit status: finished, or stopped on request with a checkpoint saved.
     """
-    train = runs[0].recipe.train
+    train, check_every = runs[0].recipe.train, runs[0].recipe.watch.check_corruption_every
     while (done := min(run.state.step for run in runs)) < train.max_steps:
         behind = [run for run in runs if run.state.step == done]  # a kill can part them
         stop = train_step(behind)
         after_step()
         done, is_last = done + 1, done + 1 == train.max_steps
+        if check_every and done % check_every == 0:  # before anything is kept of it
+            PROGRESS.begin("comparison of ranks")
+            check_corruption(behind)
         for run in behind:
             if train.eval_every and (is_last or done % train.eval_every == 0):
                 PROGRESS.begin("evaluation")
@@ -90,21 +95,25 @@ def train_step(runs: Sequence[Run]) -> bool:
                 run.engine.between_micro_batches()
     parts_per_batch = [torch.stack(parts_of_run) for parts_of_run in parts]
     PROGRESS.begin("agreement")
-    stop = check_step(runs, parts_per_batch, batches)
-    for run, parts_of_step in zip(runs, parts_per_batch, strict=True):
+    stop, losses = check_step(runs, parts_per_batch, batches)
+    own_seconds = PROGRESS.own_seconds()
+    for run, means in zip(runs, losses, strict=True):
         train = run.recipe.train
         PROGRESS.begin("update")
         rate = learning_rate(step, train)
-        result = run.engine.step(rate)
-        if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
-            on_rank_0(functools.partial(refuse_gradient, run))
+        if run.leaves_out(loss := run.loss(means)):
+            result = run.engine.skip_step()
+        else:
+            result = run.engine.step(rate)
+            if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
+                on_rank_0(functools.partial(refuse_gradient, run))
         if run.row_log is not None:
             rows = [row for batch in batches for row in batch.row_ids]
             run.row_log.write({"step": step + 1, "rows": rows})
-        run.advance(count.tokens, time.perf_counter() - started)
+        run.advance(count.tokens, loss, time.perf_counter() - started, own_seconds)
         done = run.state.step
         if done % train.log_every == 0 or done in (1, train.max_steps):
-            run.log(parts_of_step.sum(0), rate, result)
+            run.log(means, rate, result)
     return stop
 
 
@@ -141,27 +150,31 @@ def dropout_seed(seed: int, batch: Batch) -> int:
 
 def check_step(
     runs: Sequence[Run], parts_per_batch: Sequence[torch.Tensor], batches: Sequence[Batch]
-) -> bool:
-    """Let all ranks agree that every loss is finite, and whether to stop after this step.
+) -> tuple[bool, list[list[float]]]:
+    """Let all ranks agree that every loss is finite, what it is, and whether to stop.
 
     Args:
         runs: the students'.
-        parts_per_batch: of each student [batches, terms], what this rank's batches add to the
+        parts_per_batch: of each student [batches, terms] fp64, what this rank's batches add to the
             step's losses.
         batches: this rank's batches of the step.
+
+    Returns:
+        Whether to stop after this step; and of each student the terms of the step's loss.
 
     Raises:
         RunError: on the rank whose loss is not finite, naming step, rank and rows.
     """
     first = runs[0]
     finite = [parts.isfinite().all(dim=1) for parts in parts_per_batch]
-    flags = torch.stack(
-        [~torch.cat(finite).all(), torch.tensor(first.stop.requested(), device=first.device)]
-    )
-    is_bad, stop = all_max(flags.int()).bool().tolist()
-    if is_bad:
+    sums = [parts.sum(0) for parts in parts_per_batch]
+    is_bad = ~torch.cat(finite).all()
+    flags = torch.stack([is_bad, torch.tensor(first.stop.requested(), device=first.device)])
+    num_bad, num_asked, *means = all_sum(torch.cat([flags.double(), *sums])).tolist()
+    if num_bad:
         agree(lambda: refuse_loss(runs, [of_run.tolist() for of_run in finite], batches))
-    return bool(stop)
+    terms = iter(means)
+    return num_asked > 0, [list(itertools.islice(terms, len(parts))) for parts in sums]
 
 
 def refuse_loss(

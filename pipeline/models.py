@@ -291,6 +291,11 @@ class TeacherModel:
         self._targets = list(dict.fromkeys(targets))
         self._last: tuple[Batch, dict[Target, Compared]] | None = None
 
+    def replicas(self) -> list[torch.Tensor]:
+        """The weights, of which every rank has a whole copy; without those laid out for oneDNN."""
+        tensors = [*self._encoder.parameters(), *self._encoder.buffers()]
+        return [tensor.detach() for tensor in tensors if tensor.layout == torch.strided]
+
     def __call__(self, batch: Batch) -> Compared:
         """What the teacher gives of the batch, where there is one target; nothing is kept."""
         (target,) = self._targets

@@ -30,13 +30,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     # They load torch and transformers: a typo is refused before.
     from pipeline.assemble import assemble
     from pipeline.collectives import disconnect, naming_lost_ranks
+    from pipeline.faults import naming_faults
     from pipeline.loop import train
     from pipeline.profiling import profiling
     from pipeline.watchdog import Watchdog
 
     output_dir = Path(options.output_dir)
     watchdog = Watchdog(output_dir, recipes[0].watch.hang_seconds)
-    with naming_lost_ranks(launched_rank()), watchdog:
+    rank = launched_rank()
+    with naming_lost_ranks(rank), naming_faults(recipes[0], rank), watchdog:
         runs = assemble(
             recipes,
             stop,
@@ -46,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         status = EXIT_FINISHED
         if runs:
-            folder, rank = output_dir / "profile", runs[0].topology.rank
+            folder = output_dir / "profile"
             with profiling(folder, enabled=options.profile, rank=rank) as after_step:
                 status = train(runs, after_step)
         disconnect()

@@ -6,10 +6,13 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
 
 from data_prep.command import run_command
 from pipeline import loop, train
@@ -23,29 +26,45 @@ class LeftLoopError(Exception):
     pass
 
 
-def spin(run: Any) -> None:
+def spin(run: Any) -> NoReturn:
     while True:
         pass
 
 
-def wait_with_the_lock(run: Any) -> None:
-    ctypes.PyDLL(None).sleep(FOREVER)
+def wait_with_the_lock(run: Any) -> float:
+    return float(ctypes.PyDLL(None).sleep(FOREVER))
 
 
-def work_slowly(run: Any) -> None:
+def work_slowly(run: Any) -> float:
     end = time.process_time() + SLOW_SECONDS
     while time.process_time() < end:
         pass
+    return 1.0
 
 
-def leave_the_loop(run: Any) -> None:
+def leap(run: Any) -> float:
+    return 100.0
+
+
+def flip_a_bit(run: Any) -> float:
+    """Of the teacher's embedding of a word that may never come."""
+    words = run.teacher_weights()[0]
+    assert words.dtype == torch.bfloat16
+    words.view(torch.int16)[-1, -1] += 1  # once a micro-batch: the last two bits
+    return 1.0
+
+
+def leave_the_loop(run: Any) -> NoReturn:
     raise LeftLoopError
 
 
-FAULTS = {
+# Each returns what the losses of its micro-batch are multiplied by.
+FAULTS: dict[str, Callable[[Any], float]] = {
     "spin": spin,
     "lock": wait_with_the_lock,
     "slow": work_slowly,
+    "flip": flip_a_bit,
+    "leap": leap,
     "leave": leave_the_loop,
 }
 
@@ -55,7 +74,7 @@ def install(kind: str, rank: str, step: str) -> None:
 
     def faulty_imitate(run: Any, *arguments: Any) -> Any:
         if run.topology.rank == int(rank) and run.state.step + 1 == int(step):
-            FAULTS[kind](run)
+            return FAULTS[kind](run) * imitate(run, *arguments)
         return imitate(run, *arguments)
 
     def faulty_train(*arguments: Any) -> int:

@@ -23,7 +23,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "pipeline/train.py"
-TIMING = {"tokens_per_second"}
+TIMING = {"tokens_per_second", "own_ms_median", "own_ms_slowest", "slowest_rank"}
 
 # Forks of a process that has loaded the libraries, of which half of a start's time goes there.
 FORKS = multiprocessing.get_context("forkserver")

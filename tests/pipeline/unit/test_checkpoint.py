@@ -375,6 +375,7 @@ FREE_CHANGES: dict[str, Any] = {
         "cache_gb": 1.0,
     },
     "train": {"save_every": 7, "keep_checkpoints": 7, "log_every": 7, "eval_every": 7},
+    "watch": {"hang_seconds": 7.0, "straggler_percent": 7.0, "check_corruption_every": 7},
 }
 
 
