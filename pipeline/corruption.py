@@ -91,6 +91,7 @@ def refuse_differences(found: Sequence[Mapping[str, Any]], step: int, hosts: Seq
             against = "contradict each other" if is_tie else "against all others"
             raise RunError(
                 f"step {step}: the {name} differ between ranks, which must have the same bits: "
-                f"{named} {against}; memory or a processor there has failed without saying so: start the same command again "
-                "without these hosts; it goes on from the last checkpoint"
+                f"{named} {against}; memory or a processor there has failed without saying so: "
+                "start the same command again without these hosts; it goes on from the last "
+                "checkpoint"
             )
