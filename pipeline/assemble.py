@@ -8,6 +8,7 @@ import fcntl
 import functools
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ from pipeline.checkpoint import (
     shards_digest_of,
     tag_of,
 )
-from pipeline.collectives import copy_from_rank_0, on_rank_0
+from pipeline.collectives import copy_from_rank_0, gather, on_rank_0
 from pipeline.config import ROOT, Recipe, check_layer, check_world, plain, read_ds_config
 from pipeline.engine import Engine, init_distributed, merge_ds_config
 from pipeline.export import CONFIG, save_start
@@ -64,18 +65,25 @@ from pipeline.stopping import StopRequest
 from pipeline.topology import Topology
 from pipeline.trimmed_tokenizer import trimmed_tokenizer
 from pipeline.vocabulary import Vocabulary, choose_vocabulary, in_words
+from pipeline.watchdog import Watchdog
 
 LOCK_PATIENCE = 120.0  # seconds: ranks of a launcher that died still finish and save their step
 
 
 def assemble(
-    recipes: Sequence[Recipe], stop: StopRequest, *, deepspeed: str, allow_change: list[str]
+    recipes: Sequence[Recipe],
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    deepspeed: str,
+    allow_change: list[str],
 ) -> list[Run]:
     """Check everything, connect the ranks, and start or restore the runs.
 
     Args:
         recipes: checked by themselves, of students that share the teacher's pass: one or several.
         stop: installed when the process began.
+        watchdog: is started when the ranks are connected and the shards are there.
         deepspeed: path of the DeepSpeed JSON.
         allow_change: keys that may differ from the checkpoint's.
 
@@ -97,6 +105,7 @@ def assemble(
             _claim(Path(recipe.output_dir))
     device = init_distributed(topology)
     on_rank_0(lambda: _prepare_if_missing(first))
+    watchdog.start(topology)
     for student in students:
         student.saved = student.checkpoints.newest()
     saved = next((student.saved for student in students if student.saved is not None), None)
@@ -203,7 +212,7 @@ def _build(
     rows = reader.manifest.heldout_rows  # 0 of a language with a single document
     heldout = {language: loader.heldout(language) for language, n in rows.items() if n}
     teacher = load_teacher(recipe, device, [student.target for student in students])
-    is_first = topology.rank == 0
+    is_first, hosts = topology.rank == 0, gather(platform.node())
     runs: list[Run] = []
     for student in students:
         engine, state = _engine(student, topology, device)
@@ -221,6 +230,7 @@ def _build(
                 heldout=heldout,
                 objective=student.objective,
                 teacher=functools.partial(teacher.of, student.target),
+                teacher_weights=teacher.replicas,
                 engine=engine,
                 checkpoints=student.checkpoints,
                 metrics=_metrics(student, state) if is_first else None,
@@ -234,7 +244,9 @@ def _build(
                     position=len(runs),
                     disable=None if is_first else True,
                 ),
+                hosts=hosts,
                 tokens_logged=state.tokens,
+                steps_logged=state.step,
             )
         )
     return runs

@@ -38,7 +38,8 @@ LATEST = "latest"
 FREE_KEYS = frozenset(
     "output_dir students data.shards data.prepare data.row_log data.verify data.cache_dir "
     "data.cache_gb train.save_every train.keep_checkpoints train.keep_every train.max_failed_saves "
-    "train.log_every train.eval_every".split()
+    "train.log_every train.eval_every watch.hang_seconds watch.straggler_percent "
+    "watch.check_corruption_every".split()
 )
 STAGE_KEY = "deepspeed.zero_optimization.stage"
 SHARDS_KEY = "data.shards (content)"  # the digest of the manifest that a run reads by
@@ -60,12 +61,14 @@ class State:
         tokens: real tokens trained on.
         world_size: ranks that wrote the files.
         identity: dotted keys of the recipe, the ds_config and the digest of the shards.
+        recent_losses: of the steps before, by which the next one's loss is judged.
     """
 
     step: int
     tokens: int
     world_size: int
     identity: dict[str, Any]
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
 
 
 def tag_of(step: int) -> str:

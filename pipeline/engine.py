@@ -7,6 +7,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import math
 import os
 import pickle
 import re
@@ -19,7 +20,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.profiler import record_function
 
 from data_prep.command import ConfigError, RunError, one_line
 from pipeline.config import Recipe, flatten
@@ -27,6 +27,7 @@ from pipeline.fused_layers import fuse
 from pipeline.loader import Batch
 from pipeline.models import Encoder
 from pipeline.objectives import Compared, of_text
+from pipeline.progress import part
 from pipeline.topology import Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest a rank waits, e.g. while rank 0 prepares text
@@ -271,13 +272,13 @@ class Engine:
         """Dropout on or off."""
         self._engine.train(mode)
 
-    @record_function("student")
+    @part("student")
     def __call__(self, batch: Batch) -> Compared:
         """What the student gives of the batch."""
         outputs: Compared = self._engine(*batch.inputs)
         return of_text(outputs, batch.num_tokens)
 
-    @record_function("backward")
+    @part("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of `loss` / accumulation steps, averaged over ranks."""
         self._engine.backward(loss)
@@ -286,7 +287,7 @@ class Engine:
         """Tell DeepSpeed that a micro-batch other than the step's last one is done."""
         self._engine.step()
 
-    @record_function("optimizer")
+    @part("optimizer")
     def step(self, learning_rate: float) -> StepResult:
         """Clip, update the weights, clear the gradient; a non-finite gradient updates nothing."""
         for group in self._engine.optimizer.param_groups:
@@ -296,6 +297,26 @@ class Engine:
             grad_norm=float(self._engine.get_global_grad_norm()),
             applied=self._engine.was_step_applied(),
         )
+
+    @part("optimizer")
+    def skip_step(self) -> StepResult:
+        """Clear the gradient and update nothing, on all ranks at once.
+
+        DeepSpeed does so where the gradient's norm is not finite, so it is told that this one is
+        not. It would also lower fp16's loss scale, which has nothing to do with it.
+        """
+        optimizer = self._engine.optimizer
+        with (
+            mock.patch(f"{type(optimizer).__module__}.is_invalid_grad_norm", return_value=True),
+            mock.patch.object(optimizer, "_update_scale", create=True),
+        ):
+            self._engine.step()
+        assert not self._engine.was_step_applied()
+        return StepResult(grad_norm=math.inf, applied=False)
+
+    def replicas(self) -> list[torch.Tensor]:
+        """The weights that every rank has a whole copy of: all, or under stage 3 none."""
+        return [] if self.stage == 3 else [p.detach() for p in self._engine.module.parameters()]
 
     def snapshot(self, tag: str) -> dict[str, memoryview]:
         """What this rank has to write of a checkpoint, by file name; called by all ranks at once.

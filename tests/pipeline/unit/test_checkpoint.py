@@ -548,6 +548,7 @@ FREE_CHANGES: dict[str, Any] = {
         "log_every": 7,
         "eval_every": 7,
     },
+    "watch": {"hang_seconds": 7.0, "straggler_percent": 7.0, "check_corruption_every": 7},
 }
 
 

@@ -67,6 +67,10 @@ class StandInEngine:
     def between_micro_batches(self) -> None:
         self.events.append("between")
 
+    def skip_step(self) -> StepResult:
+        self.events.append("skip")
+        return StepResult(grad_norm=math.inf, applied=False)
+
     def step(self, learning_rate: float) -> StepResult:
         self.events.append("step")
         self.rates.append(learning_rate)
@@ -100,15 +104,17 @@ def make_run(
             row_log=None,
             state=SimpleNamespace(step=step),
             advanced=[],
+            lost=[],
             logged=[],
         )
 
-        def advance(num_tokens: int, seconds: float) -> None:
+        def advance(num_tokens: int, loss: float, seconds: float, own_seconds: float) -> None:
             run.state.step += 1
             run.advanced.append(num_tokens)
+            run.lost.append(loss)
 
-        run.advance = advance
-        run.log = lambda parts, rate, result: run.logged.append((parts, rate))
+        run.advance, run.loss, run.leaves_out = advance, sum, lambda loss: False
+        run.log = lambda means, rate, result: run.logged.append((means, rate))
         return run
 
     return make
@@ -157,9 +163,10 @@ def test_a_rank_weighs_its_tokens_among_all_ranks(make_run, monkeypatch) -> None
 def test_what_is_logged_adds_up_to_the_losses(make_run) -> None:
     run = make_run()
     train_step([run])
-    ((parts, rate),) = run.logged
+    ((means, rate),) = run.logged
     expected = [float(loss.detach()) for loss in whole_batch_losses(run).values()]
-    assert parts.tolist() == pytest.approx(expected, rel=1e-5)
+    assert means == pytest.approx(expected, rel=1e-5)
+    assert run.lost == [sum(means)]
     assert run.engine.rates == [rate] == [run.recipe.train.learning_rate]
 
 
@@ -245,6 +252,15 @@ def test_a_gradient_that_is_not_finite_stops_and_names_the_steps_rows(make_run) 
     assert "step 5, ranks 0 to 0" in message
     assert str([100 + position for position in range(32, 40)]) in message
     assert run.advanced == []
+
+
+def test_a_step_that_is_left_out_counts_and_updates_nothing(make_run) -> None:
+    run = make_run()
+    run.leaves_out = lambda loss: loss == run.loss([loss])
+    assert train_step([run]) is False
+    assert "step" not in run.engine.events
+    assert run.engine.events[-1] == "skip"
+    assert run.advanced == [25]
 
 
 def test_fp16_skips_a_step_whose_scale_was_too_large(make_run) -> None:
