@@ -89,6 +89,11 @@ class Tokenizer:
                 f"the tokenizer {source!r} has no fast (tokenizer.json) form, which batches need; "
                 "convert it with transformers first"
             )
+        if not loaded.get_vocab().keys() - set(loaded.all_special_tokens):
+            raise ConfigError(  # transformers makes an empty one of a folder without it
+                f"the tokenizer {source!r} knows special tokens only, so all text would be "
+                "unknown; name a folder with tokenizer.json in prep.tokenizer or teacher.model"
+            )
         framed: list[int] = loaded("")["input_ids"]
         pad_id: int | None = loaded.pad_token_id
         if len(framed) != 2 or pad_id is None or pad_id in framed:
