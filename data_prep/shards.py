@@ -67,7 +67,7 @@ class Shard:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Shard:
         """From what `dataclasses.asdict` gave."""
-        return cls(**{**body, "blocks": tuple(Block(**block) for block in body["blocks"])})
+        return cls(**{**body, "blocks": tuple(Block(**block) for block in _listed(body, "blocks"))})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,8 +137,8 @@ class Manifest:
                 "read it with the release that wrote it, or prepare the shards again"
             )
         try:
-            shards = tuple(Shard.from_json(shard) for shard in body.pop("shards"))
-            manifest = cls(**body, shards=shards)
+            shards = tuple(Shard.from_json(shard) for shard in _listed(body, "shards"))
+            manifest = cls(**{**body, "shards": shards})
             fault = next(_faults(manifest), None)
         except (KeyError, TypeError, AttributeError) as error:  # keys that lack, or are too many
             raise RunError(f"{where} is no manifest ({one_line(error)}); {_REMEDY}") from error
@@ -152,6 +152,13 @@ class Manifest:
 
 
 _REMEDY = "do not train on it; remove the folder and prepare the shards again"
+
+
+def _listed(body: Mapping[str, Any], key: str) -> list[Any]:
+    items = body[key]
+    if not isinstance(items, list):
+        raise TypeError(f"{key}={items!r} is no list")
+    return items
 
 
 def _is_count(value: Any, least: int = 0, most: int = 2**63 - 1) -> bool:

@@ -78,7 +78,7 @@ class Tokenizer:
 
         logging.set_verbosity_error()  # "sequence longer than the maximum" is what we cut ourselves
         try:
-            loaded: Any = AutoTokenizer.from_pretrained(source)
+            loaded: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # a damaged tokenizer.json raises a bare Exception
             raise ConfigError(
                 f"the tokenizer {source!r} does not load ({one_line(error)}); name a hub id or a "

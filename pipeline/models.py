@@ -335,7 +335,7 @@ def read_config(key: str, source: str) -> Any:
             "`save_pretrained` wrote"
         )
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"{key}={source!r} does not load ({one_line(error)}); give a folder that exists or a "
@@ -593,6 +593,7 @@ def _load(
             dtype=dtype,
             attn_implementation=PACKED,
             output_loading_info=True,
+            trust_remote_code=False,
             use_safetensors=True,  # others are pickles, which can hold programs
         )
     except Exception as error:  # whatever a user's folder may provoke in there
@@ -625,7 +626,7 @@ def load_tokenizer(source: str) -> Any:
         ConfigError: none loads from there.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"the tokenizer {source!r} does not load ({one_line(error)}); set prep.tokenizer to "
