@@ -35,7 +35,7 @@ lint: setup
 audit:
 	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && \
 	  .audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
-	@.audit/bin/pip-audit --requirement requirements.txt --no-deps --disable-pip
+	@.audit/bin/pip-audit --strict --requirement requirements.txt --no-deps --disable-pip
 
 clean:
 	rm -rf runs .venv .audit *.egg-info
