@@ -574,6 +574,26 @@ def num_word_embeddings(folder: Path) -> int:
     return int(model.get_input_embeddings().weight.numel())
 
 
+def meta_encoder(config: Any, needs: type[Compared], projections: str = "qkv") -> Encoder:
+    """An encoder as a run has it, on the meta device: for counting, without memory.
+
+    Args:
+        config: of the student, or of the teacher up to its last layer that is used.
+        needs: of the objective.
+        projections: of the objective, for a student.
+    """
+    with torch.device("meta"):
+        model = _auto_class(needs).from_config(config, attn_implementation=PACKED)
+        return pack_encoder(model, needs, projections)
+
+
+def cut_config(config: Any, layer: int) -> Any:
+    """A copy of a configuration whose last layer is the 1-based `layer`."""
+    config = copy.deepcopy(config)
+    architecture_of(config).set_num_layers(config, layer)
+    return config
+
+
 def _auto_class(needs: type[Compared]) -> Any:
     return AutoModelForMaskedLM if needs is Predictions else AutoModel
 

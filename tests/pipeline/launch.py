@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -115,8 +116,9 @@ class start:  # noqa: N801
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes, in rank order."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            self._seen[process.pid] = process
+        with contextlib.suppress(psutil.NoSuchProcess):  # the launcher has ended
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self._seen[process.pid] = process
         found = []
         for process in self._seen.values():
             try:
