@@ -41,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe, _ = load_recipe(["--config", str(run / CONFIG)])
     folder = run / "checkpoints"
     if options.checkpoint:
-        if not (folder / options.checkpoint).is_dir():
-            known = sorted(p.name for p in folder.glob("step-*"))
+        known = sorted(p.name for p in folder.glob("step-*") if p.is_dir())
+        if options.checkpoint not in known:
             raise ConfigError(f"--checkpoint {options.checkpoint} is not one of {', '.join(known)}")
         state = read_state(folder / options.checkpoint)
     else:

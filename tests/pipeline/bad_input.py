@@ -529,7 +529,7 @@ PREPARATIONS: list[tuple[str, tuple[str, ...]]] = [
     ("--prep.weights={en: much}", ("prep.weights", "much")),
     ("--prep.weights=[en]", ("prep.weights",)),
     ("--prep.weights={xx: 1}", ("prep.weights", "xx")),
-    ("--prep.weights={en: 0, sw: 0}", ("prep.weights is 0",)),
+    ("--prep.weights={en: 0, sw: 0}", ("prep.weights", "nothing would be trained on")),
     ("--prep.max_repeats=0.5", ("prep.max_repeats=0.5",)),
     ("--prep.max_repeats=.nan", ("prep.max_repeats=nan",)),
     ("--prep.max_tokens=3", ("prep.max_tokens=3",)),
