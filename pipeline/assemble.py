@@ -35,7 +35,15 @@ from pipeline.checkpoint import (
     tag_of,
 )
 from pipeline.collectives import copy_from_rank_0, gather, on_rank_0
-from pipeline.config import ROOT, Recipe, check_layer, check_world, plain, read_ds_config
+from pipeline.config import (
+    ROOT,
+    Recipe,
+    check_layer,
+    check_world,
+    plain,
+    public,
+    read_ds_config,
+)
 from pipeline.engine import Engine, init_distributed, merge_ds_config
 from pipeline.export import CONFIG, save_start
 from pipeline.initialise import check_start
@@ -104,6 +112,8 @@ def assemble(
             # Before the ranks connect: a dying run still holds the port.
             _claim(Path(recipe.output_dir))
     device = init_distributed(topology)
+    for recipe in recipes:
+        _check_implementation(recipe, device)
     on_rank_0(lambda: _prepare_if_missing(first))
     watchdog.start(topology)
     for student in students:
@@ -129,6 +139,15 @@ def assemble(
         )
         on_rank_0(functools.partial(_write_start, student, topology, shards_digest))
     return _build(students, reader, topology, device, stop)
+
+
+def _check_implementation(recipe: Recipe, device: torch.device) -> None:
+    interpreted = "TRITON_INTERPRET" in os.environ
+    if recipe.objective.relation_kl == "triton" and device.type != "cuda" and not interpreted:
+        raise ConfigError(
+            "objective.relation_kl=triton needs a GPU, and there is none here; use auto, which "
+            "chooses it where there is one"
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -316,9 +335,15 @@ def _claim(output_dir: Path) -> None:
     Raises:
         ConfigError: another process keeps the folder.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # Never closed: the lock lasts as long as the process.
-    descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        # Never closed: the lock lasts as long as the process.
+        descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output_dir} cannot be written ({error.strerror}), so the run would leave "
+            "nothing; name a folder that can be"
+        ) from error
     deadline = time.monotonic() + LOCK_PATIENCE
     while True:
         with contextlib.suppress(BlockingIOError):
@@ -407,7 +432,7 @@ def _already_finished(recipe: Recipe, state: State) -> None:
 def _write_start(student: _Student, topology: Topology, shards_digest: str) -> None:
     recipe, vocabulary = student.recipe, student.vocabulary_facts
     output_dir, ds_config = Path(recipe.output_dir), student.ds_config
-    write_durably(output_dir / CONFIG, yaml.safe_dump(plain(recipe), sort_keys=False))
+    write_durably(output_dir / CONFIG, yaml.safe_dump(public(recipe), sort_keys=False))
     write_durably(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
     facts = {**provenance(recipe, topology, shards_digest), "vocabulary": vocabulary}
     if vocabulary is not None:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from data_prep.command import ConfigError, parse_recipe
-from data_prep.config import Prep
+from data_prep.command import ConfigError, masked, parse_recipe
+from data_prep.config import MAX_SEED, Prep
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "recipes" / "demo.yaml"
@@ -29,6 +29,8 @@ TERMS = {
     "minilm": ("at", "vr", "hh"),
     "distilbert": ("ce", "mlm", "cos"),
 }
+
+RELATIONS = (*TERMS["minilmv2"], *TERMS["minilm"][:2])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,10 +353,12 @@ def load_recipes(argv: Sequence[str] | None) -> tuple[list[Recipe], Namespace]:
         ConfigError: as `load_recipe`, or a variant that is not one.
     """
     recipe, options = load_recipe(argv)
+    _ = recipe.shards  # raises where there are none
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _check_warmup(recipe.train, arguments)
     if not recipe.students:
         return [recipe], options
     check_names("students", [variant.name for variant in recipe.students])
-    arguments = list(sys.argv[1:] if argv is None else argv)
     recipes = []
     for variant in recipe.students:
         if foreign := [key for key in variant.set if not key.startswith(tuple(VARIANT_KEYS))]:
@@ -364,6 +368,7 @@ def load_recipes(argv: Sequence[str] | None) -> tuple[list[Recipe], Namespace]:
             )
         own = [*as_arguments(variant.set), f"--output_dir={recipe.output_dir}/{variant.name}"]
         recipes.append(load_recipe([*arguments, *own, "--students=[]"])[0])
+        _check_warmup(recipes[-1].train, [*arguments, *own])
     if len({recipe.objective.masks for recipe in recipes}) > 1:
         raise ConfigError(
             "students: some objectives mask the text and others do not, or another share of it, "
@@ -377,10 +382,26 @@ def load_recipes(argv: Sequence[str] | None) -> tuple[list[Recipe], Namespace]:
     return recipes, options
 
 
+def _check_warmup(train: Train, arguments: Sequence[str]) -> None:
+    """Refuse a warm-up that outlasts the run, which would never reach its learning rate.
+
+    The default goes with any length, and a command line may cut a recipe's run short.
+    """
+    if train.warmup_steps <= train.max_steps or train.warmup_steps == Train.warmup_steps:
+        return
+    given = {argument.partition("=")[0] for argument in arguments}
+    if "--train.max_steps" in given and "--train.warmup_steps" not in given:
+        return
+    raise ConfigError(
+        f"train.warmup_steps={train.warmup_steps} is more than train.max_steps={train.max_steps}, "
+        "so the learning rate would never reach its peak; use fewer, a hundredth or a tenth"
+    )
+
+
 def check_names(key: str, names: Sequence[str]) -> None:
     """Refuse names that are not those of folders of their own."""
     for name in names:
-        if name in ("", ".", "..") or "/" in name:
+        if name in ("", ".", "..") or "/" in name or not name.isprintable():
             raise ConfigError(f"{key} has the name {name!r}, which is no folder's; use letters")
         if names.count(name) > 1:
             raise ConfigError(
@@ -396,6 +417,16 @@ def as_arguments(keys: Mapping[str, Any]) -> list[str]:
     ]
 
 
+AT_MOST = {
+    "seed": MAX_SEED - 1,
+    "train.max_steps": 10**8 - 1,  # eight digits name a checkpoint
+    "train.batch_size": 2**31 - 1,
+    "student.num_hidden_layers": 2**10,
+    "student.hidden_size": 2**16,
+    "student.intermediate_size": 2**20,
+}
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Refuse what cannot work, by rules that need neither models nor data.
 
@@ -403,8 +434,17 @@ def check_recipe(recipe: Recipe) -> None:
         ConfigError: naming the key, its value, the rule and the remedy.
     """
     train, student, objective = recipe.train, recipe.student, recipe.objective
+    flat = flatten(recipe)
     if not recipe.output_dir.strip():
         raise ConfigError("output_dir is empty, so there is nowhere to write; name a folder")
+    for folder in (Path(recipe.output_dir), *Path(recipe.output_dir).parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(
+                f"output_dir={recipe.output_dir} cannot be a folder, since {folder} is a file; "
+                "name another one"
+            )
+    if not recipe.teacher.model.strip():
+        raise ConfigError("teacher.model is empty, so nobody teaches; name a hub id or a folder")
     at_least_one: dict[str, int] = {
         "train.max_steps": train.max_steps,
         "train.batch_size": train.batch_size,
@@ -424,6 +464,12 @@ def check_recipe(recipe: Recipe) -> None:
     for key, value in at_least_one.items():
         if value < 1:
             raise ConfigError(f"{key}={value} is below 1, so nothing would train; use 1 or more")
+    for key, most in AT_MOST.items():
+        if flat[key] > most:
+            raise ConfigError(
+                f"{key}={flat[key]} is above {most}, beyond what names, numbers or memory hold; "
+                "use less"
+            )
     not_negative: dict[str, float] = {
         "train.warmup_steps": train.warmup_steps,
         "train.eval_every": train.eval_every,
@@ -447,6 +493,17 @@ def check_recipe(recipe: Recipe) -> None:
     for key, number in positive.items():
         if not (number > 0 and math.isfinite(number)):
             raise ConfigError(f"{key}={number} is not a positive number; use one above 0")
+    if train.learning_rate > 1:
+        raise ConfigError(
+            f"train.learning_rate={train.learning_rate} is above 1, and AdamW moves every weight "
+            "by about as much in each step; use 1e-5 to 1e-2"
+        )
+    if train.learning_rate * train.weight_decay >= 1:
+        raise ConfigError(
+            f"train.weight_decay={train.weight_decay} times train.learning_rate="
+            f"{train.learning_rate} is 1 or more, so that every step would wipe the weights out; "
+            "use 0.01 (usual)"
+        )
     shares = {
         "train.adam_betas[0]": train.adam_betas[0],
         "train.adam_betas[1]": train.adam_betas[1],
@@ -525,13 +582,11 @@ def _check_vocabulary(student: Student) -> None:
 
 
 def _check_weights(objective: Objective) -> None:
-    key, terms = f"objective.{objective.weights_key}", TERMS[objective.name]
-    stated: dict[str, float] = getattr(objective, objective.weights_key)
-    if unknown := sorted(stated.keys() - set(terms)):
-        raise ConfigError(
-            f"{key} has {unknown[0]!r}, which is not a term of {objective.name}; use "
-            f"{', '.join(terms)}"
-        )
+    for unused, terms in (("relations", RELATIONS), ("losses", TERMS["distilbert"])):
+        if unused != objective.weights_key:  # but nothing else may stand there
+            _check_terms(f"objective.{unused}", getattr(objective, unused), terms, "any objective")
+    key, stated = f"objective.{objective.weights_key}", getattr(objective, objective.weights_key)
+    _check_terms(key, stated, TERMS[objective.name], objective.name)
     if not all(math.isfinite(w) and w >= 0 for w in stated.values()) or not objective.weights:
         paper = ", ".join(f"{t}: {w:g}" for t, w in PAPER_WEIGHTS[objective.name].items())
         raise ConfigError(
@@ -542,6 +597,13 @@ def _check_weights(objective: Objective) -> None:
         raise ConfigError(
             f"{key}={stated} leaves predictions out, so the student's prediction head would not "
             "train; give ce or mlm a weight above 0"
+        )
+
+
+def _check_terms(key: str, stated: Mapping[str, float], terms: Sequence[str], of: str) -> None:
+    if unknown := sorted(stated.keys() - set(terms)):
+        raise ConfigError(
+            f"{key} has {unknown[0]!r}, which is not a term of {of}; use {', '.join(terms)}"
         )
 
 
@@ -577,7 +639,8 @@ def check_layer(recipe: Recipe, teacher_layers: int) -> None:
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -598,6 +661,20 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
+def public(recipe: Recipe) -> dict[str, Any]:
+    """`plain`, without the secrets that URLs may hold: what a run's folder says of it."""
+    content: dict[str, Any] = _masked(plain(recipe))
+    return content
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_masked(part) for part in value]
+    return masked(value) if isinstance(value, str) else value
+
+
 def read_ds_config(path: str) -> dict[str, Any]:
     """The DeepSpeed JSON that the command line names.
 
@@ -605,13 +682,40 @@ def read_ds_config(path: str) -> dict[str, Any]:
         ConfigError: it cannot be read or is not a JSON object.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(
+            Path(path).read_text(encoding="utf-8"),
+            object_pairs_hook=_object,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except OSError as error:
         raise ConfigError(
             f"--deepspeed {path} cannot be read ({error.strerror}); name one of ds_configs/*.json"
         ) from error
     except ValueError as error:
         raise ConfigError(f"--deepspeed {path} is not JSON ({error}); correct it") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"--deepspeed {path} is not JSON that can be read (it nests too deeply); correct it"
+        ) from error
     if not isinstance(config, dict):
-        raise ConfigError(f"--deepspeed {path} holds {type(config).__name__}, not a JSON object")
+        raise ConfigError(
+            f"--deepspeed {path} holds {type(config).__name__}, not a JSON object; see "
+            "ds_configs/zero2.json"
+        )
     return config
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand there once: the last of several would silently win."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"key {twice[0]!r} stands there twice")
+    return dict(pairs)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that JSON has, or no finite one")
+    return number

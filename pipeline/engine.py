@@ -1,10 +1,9 @@
-"""The DeepSpeed seam: what its JSON may say, the engine around the student, its sharded files."""
+"""The DeepSpeed seam: the engine around the student, and its sharded files."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import io
 import math
@@ -22,7 +21,8 @@ from unittest import mock
 import torch
 
 from data_prep.command import ConfigError, RunError, one_line
-from pipeline.config import Recipe, flatten
+from pipeline.config import Recipe
+from pipeline.ds_config import merge_ds_config as merge_ds_config
 from pipeline.fused_layers import fuse
 from pipeline.loader import Batch
 from pipeline.models import Encoder
@@ -31,112 +31,6 @@ from pipeline.progress import part
 from pipeline.topology import Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest a rank waits, e.g. while rank 0 prepares text
-KNOWN_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
-    "gradient_clipping optimizer bf16 fp16 data_types zero_optimization communication_data_type "
-    "prescale_gradients gradient_predivide_factor comms_logger flops_profiler "
-    "wall_clock_breakdown memory_breakdown dump_state steps_per_print "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio seed".split()
-)
-
-
-def merge_ds_config(policy: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the policy file with every "auto" replaced by the recipe's value.
-
-    The optimizer block is checked and left out: AdamW is built here, with the recipe's values, so
-    that biases and layer norms do not decay.
-
-    Raises:
-        ConfigError: a key that is unknown (DeepSpeed would ignore it), a literal that contradicts
-            the recipe, or a combination that trains wrongly.
-    """
-    config = copy.deepcopy(dict(policy))
-    if unknown := sorted(config.keys() - KNOWN_KEYS):
-        raise ConfigError(
-            f"ds_config key {unknown[0]!r} is not one this project passes on (DeepSpeed ignores "
-            f"unknown keys silently); remove it, or use one of {', '.join(sorted(KNOWN_KEYS))}"
-        )
-    for section in ("optimizer", "bf16", "fp16", "data_types", "zero_optimization"):
-        if not isinstance(config.get(section, {}), dict):
-            raise ConfigError(f"ds_config {section}={config[section]!r} is not a JSON object")
-    train = recipe.train
-    _check_optimizer(config.pop("optimizer", {}), recipe)
-    decided = {
-        "train_batch_size": ("train.batch_size", train.batch_size),
-        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
-        "gradient_accumulation_steps": (
-            "train.batch_size / (train.micro_batch_size x ranks)",
-            recipe.accumulation_steps(world_size),
-        ),
-        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
-    }
-    for key, (recipe_key, value) in decided.items():
-        _check_literal(key, config.get(key, "auto"), recipe_key, value)
-        config[key] = value
-    _check_precision_and_stage(config)
-    if train.compile and config["zero_optimization"]["stage"] == 3:
-        raise ConfigError(
-            "train.compile=true and ZeRO stage 3 do not go together (its hooks fetch weights "
-            "inside the layers that would be compiled); use stage 1 or 2"
-        )
-    if leftover := sorted(k for k, v in flatten(config).items() if v == "auto"):
-        raise ConfigError(
-            f'ds_config {leftover[0]}="auto" is not decided by the recipe; give it a value or '
-            "remove it for DeepSpeed's default"
-        )
-    return config
-
-
-def _check_literal(key: str, literal: Any, recipe_key: str, value: Any) -> None:
-    same = literal == value and not isinstance(literal, bool)
-    if literal != "auto" and not same:
-        raise ConfigError(
-            f"ds_config {key}={literal} contradicts {recipe_key}={value} of the recipe; write "
-            f'"auto" there, or change the recipe'
-        )
-
-
-def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
-    if unknown := sorted(optimizer.keys() - {"type", "params"}):
-        raise ConfigError(f"ds_config optimizer.{unknown[0]} is not used; remove it")
-    kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
-    if str(kind).lower() != "adamw":
-        raise ConfigError(
-            f"ds_config optimizer.type={kind!r} is not AdamW, which this project trains with; "
-            "write AdamW or remove the block"
-        )
-    if not isinstance(params, dict):
-        raise ConfigError(f"ds_config optimizer.params={params!r} is not a JSON object")
-    decided = {
-        "lr": ("train.learning_rate", recipe.train.learning_rate),
-        "betas": ("train.adam_betas", list(recipe.train.adam_betas)),
-        "eps": ("train.adam_eps", recipe.train.adam_eps),
-        "weight_decay": ("train.weight_decay", recipe.train.weight_decay),
-    }
-    if unknown := sorted(params.keys() - decided.keys() - {"torch_adam", "adam_w_mode"}):
-        raise ConfigError(
-            f"ds_config optimizer.params.{unknown[0]} is not used; remove it (known: "
-            f"{', '.join(decided)})"
-        )
-    for key, (recipe_key, value) in decided.items():
-        _check_literal(f"optimizer.params.{key}", params.get(key, "auto"), recipe_key, value)
-
-
-def _check_precision_and_stage(config: dict[str, Any]) -> None:
-    enabled = [p for p in ("bf16", "fp16") if config.get(p, {}).get("enabled", False)]
-    if len(enabled) == 2:
-        raise ConfigError("ds_config enables bf16 and fp16; a student has one precision: drop one")
-    if not config.get("bf16", {}).get("check_grad_overflow", True):
-        raise ConfigError(
-            "ds_config bf16.check_grad_overflow=false lets a non-finite gradient into the weights; "
-            "remove it"
-        )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (1, 2, 3):
-        raise ConfigError(
-            f"ds_config zero_optimization.stage={stage} is not 1, 2 or 3 (stage 0 with bf16 takes "
-            "wrong first Adam steps in DeepSpeed 0.19.8); use 1, which does the same arithmetic"
-        )
 
 
 def init_distributed(topology: Topology) -> torch.device:

@@ -340,7 +340,7 @@ def read_config(key: str, source: str) -> Any:
             "`save_pretrained` wrote"
         )
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"{key}={source!r} does not load ({one_line(error)}); give a folder that exists or a "
@@ -348,6 +348,22 @@ def read_config(key: str, source: str) -> Any:
         ) from error
     if reason := refusal(config.model_type):
         raise ConfigError(f"{key}={source!r} is a {config.model_type!r} model, {reason}")
+    if getattr(config, "is_decoder", False):
+        raise ConfigError(
+            f"{key}={source!r} has is_decoder=true in its config.json, so its tokens attend to "
+            "earlier ones only, and it would be run as an encoder; name an encoder"
+        )
+    for name, value in architecture_of(config).shape(config).items():
+        if value < 1:
+            raise ConfigError(
+                f"{key}={source!r} has {name}={value} in its config.json, which is no model; name "
+                "another folder, or mend it"
+            )
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{key}={source!r} has no *.safetensors, the only weights that are read (others can "
+            "hold programs); convert them with transformers' save_pretrained"
+        )
     return config
 
 
@@ -602,6 +618,8 @@ def _load(
             dtype=dtype,
             attn_implementation=PACKED,
             output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # others are pickles, which can hold programs
         )
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
@@ -622,7 +640,8 @@ def _load(
 
 def load_whole(source: str, device: torch.device) -> Any:
     """An ordinary encoder in fp32 with transformers' own attention, for comparison."""
-    return AutoModel.from_pretrained(source, dtype=torch.float32).eval().to(device)
+    model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    return model.eval().to(device)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -632,7 +651,7 @@ def load_tokenizer(source: str) -> Any:
         ConfigError: none loads from there.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"the tokenizer {source!r} does not load ({one_line(error)}); set prep.tokenizer to "

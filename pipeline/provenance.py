@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data_prep.command import masked
 from pipeline.config import ROOT, Recipe
 from pipeline.topology import Topology
 
@@ -20,9 +21,12 @@ PACKAGES = ("deepspeed", "torch", "transformers", "tokenizers", "webdataset", "n
 
 
 def provenance(recipe: Recipe, topology: Topology, shards_digest: str) -> dict[str, Any]:
-    """Versions, commit, hardware and digests. Nothing of the environment: it holds secrets."""
+    """Versions, commit, hardware and digests. Nothing of the environment: it holds secrets.
+
+    The command's own are masked.
+    """
     return {
-        "command": sys.argv,
+        "command": [masked(argument) for argument in sys.argv],
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),

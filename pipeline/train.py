@@ -16,16 +16,20 @@ sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p).resolve() != 
 from collections.abc import Sequence
 
 from data_prep.command import EXIT_FINISHED, run_command, skip_unreachable_hub
-from pipeline.config import load_recipes
+from pipeline.config import check_world, load_recipes, read_ds_config
+from pipeline.ds_config import merge_ds_config
 from pipeline.stopping import StopRequest
-from pipeline.topology import launched_rank
+from pipeline.topology import Topology, launched_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the recipe that the command line names, to its end or until asked to stop."""
     stop = StopRequest()  # first of all: a signal during start-up is a request too
     recipes, options = load_recipes(argv)
+    world_size = Topology.from_environment().world_size
     for recipe in recipes:
+        check_world(recipe, world_size)
+        merge_ds_config(read_ds_config(options.deepspeed), recipe, world_size)
         skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
     # They load torch and transformers: a typo is refused before.
     from pipeline.assemble import assemble
