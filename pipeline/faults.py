@@ -46,7 +46,8 @@ def explain_memory(error: BaseException, recipe: Recipe, rank: int) -> str:
     wanted = f"{asked[1]} more" if asked else "more memory"
     micro = recipe.train.micro_batch_size
     remedy = (
-        f"halve train.micro_batch_size={micro}: a step keeps its rows, in more passes"
+        f"halve train.micro_batch_size={micro}: a step keeps its rows, in more passes (a run that "
+        "has checkpoints asks for --allow_change train.micro_batch_size)"
         if micro > 1
         else "train.micro_batch_size is 1 already: use ds_configs/zero3.json, or shorter rows"
     )
