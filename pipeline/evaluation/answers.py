@@ -7,7 +7,7 @@ import string
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -93,29 +93,44 @@ def score(scorer: str, part: str, golds: Sequence[str], predicted: str) -> Score
     )
 
 
-def best_threshold(records: Sequence[dict[str, Any]], scores: Sequence[float]) -> float:
-    """The no-answer score above which "no answer" is best said, as SQuAD 2.0's script finds it.
+def at_fixed_threshold(
+    records: Sequence[Mapping[str, Any]], scores: Sequence[float], threshold: float
+) -> list[float]:
+    """Scores where questions whose no-answer score is above a threshold get no answer.
 
     Args:
         records: of questions, with `gold`, `predicted` and `no_answer`.
         scores: of the answers that were predicted, if all are given.
+        threshold: above which none is given.
     """
-    current = best = float(sum(not record["gold"] for record in records))
-    threshold = 0.0
-    order = sorted(range(len(records)), key=lambda i: records[i]["no_answer"])
-    for i in order:
-        record = records[i]
-        current += scores[i] if record["gold"] else -1 if record["predicted"] else 0
-        if current > best:
-            best, threshold = current, record["no_answer"]
-    return threshold
-
-
-def with_threshold(
-    records: Sequence[dict[str, Any]], scores: Sequence[float], threshold: float
-) -> list[float]:
-    """Scores where questions whose no-answer score is above the threshold get no answer."""
     return [
         float(not record["gold"]) if record["no_answer"] > threshold else score
         for record, score in zip(records, scores, strict=True)
     ]
+
+
+def at_best_threshold(
+    records: Sequence[Mapping[str, Any]], scores: Sequence[float]
+) -> list[float]:
+    """Scores at the threshold that makes their sum largest, as SQuAD 2.0's script counts them.
+
+    It takes any answer to a question that has none for wrong, even one of articles alone.
+
+    Args:
+        records: see `at_fixed_threshold`.
+        scores: see there.
+    """
+    order = sorted(range(len(records)), key=lambda i: float(records[i]["no_answer"]))
+    answered = [
+        score if record["gold"] else float(not record["predicted"])
+        for record, score in zip(records, scores, strict=True)
+    ]
+    unanswered = [float(not record["gold"]) for record in records]
+    current, best, number = 0.0, 0.0, 0
+    for place, i in enumerate(order):
+        current += answered[i] - unanswered[i]
+        if current > best:
+            best, number = current, place + 1
+    for i in order[:number]:
+        unanswered[i] = answered[i]
+    return unanswered

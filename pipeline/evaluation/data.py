@@ -82,15 +82,19 @@ def load(task: Task, data_dir: Path | None, limits: Limits) -> TaskData:
             f"{reported} files there; choose of {', '.join(parts)}"
         )
     examples: dict[tuple[str, str], list[Example]] = {}
+    dev_parts: list[str] = []
     if task.kind != "retrieval":
         for part in _train_parts(task, source, limits):
             examples["train", part] = source.read("train", part)
-        dev_parts = [part for part in [task.train_part or ""] if part in source.parts("dev")]
-        for part in dev_parts or source.parts("dev") or [""]:
+        there = source.parts("dev")
+        dev_parts = [task.train_part] if task.train_part in there else there or [""]
+        for part in dev_parts:
             examples["dev", part] = source.read("dev", part)
     for part in chosen:
-        if (reported, part) not in examples:
-            examples[reported, part] = source.read(reported, part)
+        if (reported, part) in examples:
+            continue
+        if rows := source.read(reported, part):  # a file of all languages may lack one
+            examples[reported, part] = rows
     labels = task.labels or _labels_of(task, examples)
     if task.kind == "classification" and "f1" in task.measured and len(labels) != 2:
         raise ConfigError(
@@ -112,16 +116,16 @@ def load(task: Task, data_dir: Path | None, limits: Limits) -> TaskData:
         train = random.Random(0).sample(train, limits.max_train_examples)
     of = {split: {part: rows[: limits.max_eval_examples] for (own, part), rows in examples.items()
                   if own == split} for split in ("dev", "test")}  # fmt: skip
-    test = {part: of[reported][part] for part in chosen}
+    test = {part: of[reported][part] for part in chosen if part in of[reported]}
     return TaskData(
         labels=labels,
         train=train,
-        dev=of["dev"],
+        dev={part: of["dev"][part] for part in dev_parts},
         test=test,
         reported=reported,
         sources=sorted(source.read_from),
         left_out=left_out,
-        digest=_digest([train, of["dev"], test, labels]),
+        digest=_digest([train, dev_parts, of, labels]),
     )
 
 

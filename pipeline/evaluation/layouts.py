@@ -61,14 +61,14 @@ class Layout:
 
     def parts(self, folders: Sequence[Path]) -> set[str]:
         """What stands for {part} in the names of files that exist."""
-        before, _, after = self.path.partition(PART)
-        after = after.replace(PART, "*")
+        if PART not in self.path:
+            return set()
+        pieces = [re.escape(piece).replace(r"\*", "[^/]*") for piece in self.path.split(PART)]
+        pattern = pieces[0] + "([^/]+?)" + r"\1".join(pieces[1:])
         found: set[str] = set()
-        for folder in folders if PART in self.path else ():
-            for name in glob.glob(str(Path(glob.escape(str(folder))) / f"{before}*{after}")):
-                relative = Path(name).relative_to(folder).as_posix()
-                last = re.escape(after).replace(r"\*", ".*")
-                if matched := re.fullmatch(f"{re.escape(before)}([^/]+?){last}", relative):
+        for folder in folders:
+            for path in folder.glob(self.path.replace(PART, "*")):
+                if matched := re.fullmatch(pattern, path.relative_to(folder).as_posix()):
                     found.add(matched[1])
         return found
 

@@ -71,10 +71,8 @@ def _of_answers(task: Task, part: str, records: Records) -> dict[str, list[float
     for name in ("exact", "f1"):
         raw = [getattr(one, name) for one in scored]
         if task.scorer == "squad2":
-            rows = [dict(record) for record in records]
-            best = answers.best_threshold(rows, raw)
-            found[f"best_{name}"] = answers.with_threshold(rows, raw, best)
-            raw = answers.with_threshold(rows, raw, NO_ANSWER_THRESHOLD)
+            found[f"best_{name}"] = answers.at_best_threshold(records, raw)
+            raw = answers.at_fixed_threshold(records, raw, NO_ANSWER_THRESHOLD)
         found[name] = raw
     return found
 
