@@ -110,7 +110,7 @@ def models_of(options: argparse.Namespace) -> dict[str, Source]:
     """The models by the names that tables call them: the student, the others, the floor.
 
     Raises:
-        ConfigError: one is no encoder.
+        ConfigError: one is no encoder, or has no tokenizer of its own.
     """
     from pipeline.evaluation.fine_tuning import Source
 
@@ -120,6 +120,7 @@ def models_of(options: argparse.Namespace) -> dict[str, Source]:
         sources.append(Source(options.model, "--model", untrained=True))
     for source in sources:
         source.config()
+        source.tokenizer()
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         names = [source.source + ", untrained" * source.untrained for source in sources]

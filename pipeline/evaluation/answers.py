@@ -109,9 +109,7 @@ def at_fixed_threshold(
     ]
 
 
-def at_best_threshold(
-    records: Sequence[Mapping[str, Any]], scores: Sequence[float]
-) -> list[float]:
+def at_best_threshold(records: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> list[float]:
     """Scores at the threshold that makes their sum largest, as SQuAD 2.0's script counts them.
 
     It takes any answer to a question that has none for wrong, even one of articles alone.

@@ -65,14 +65,31 @@ class Source:
         return config
 
     def tokenizer(self) -> Any:
-        """Its tokenizer."""
+        """Its tokenizer.
+
+        Raises:
+            ConfigError: there is none, or it is another model's.
+        """
         try:
-            return load_tokenizer(self.source)
+            tokenizer = load_tokenizer(self.source)
         except ConfigError as error:
             raise ConfigError(
                 f"{self.key}={self.source!r} has no tokenizer that loads "
                 f"({one_line(error.__cause__ or error)}); save its tokenizer beside it"
             ) from error
+        words = len(tokenizer) - len(tokenizer.all_special_ids)
+        if words <= 0:  # transformers makes up an empty one where a folder has none
+            raise ConfigError(
+                f"{self.key}={self.source!r} has no tokenizer, so every word would be unknown; "
+                "save its tokenizer beside it"
+            )
+        if len(tokenizer) > self.config().vocab_size:
+            raise ConfigError(
+                f"{self.key}={self.source!r} has a tokenizer of {len(tokenizer)} tokens and "
+                f"embeddings for {self.config().vocab_size}, so it is another model's; save its "
+                "own beside it"
+            )
+        return tokenizer
 
     def digest(self) -> str:
         """Of the folder's weights, shape and tokenizer, or the revision of a hub id."""
