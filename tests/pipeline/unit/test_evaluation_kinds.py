@@ -54,6 +54,20 @@ def test_an_answer_anywhere_in_a_long_text_is_found_again(tokenizer: Any, town: 
     assert record["no_answer"] == -10
 
 
+def test_no_window_learns_a_part_of_an_answer(tokenizer: Any) -> None:
+    kind = kind_of(TASKS["squad"], (), tokenizer, 96)
+    texts = [f"the town of N{town} had {town} mills" for town in range(0, 120, 3)]
+    examples = [Example(text, ("Which?", CONTEXT), (Answer(text, CONTEXT.index(text)),))
+                for text in texts]  # fmt: skip
+    learnt = set()
+    for row, window in kind.inputs(examples, training=True):
+        if row["start_positions"]:
+            ids = row["input_ids"][row["start_positions"] : row["end_positions"] + 1]
+            assert tokenizer.decode(ids).strip() == texts[window.of]
+            learnt.add(window.of)
+    assert len(learnt) == len(texts)
+
+
 def test_windows_leave_out_no_character_and_share_some(tokenizer: Any) -> None:
     kind = kind_of(TASKS["squad"], (), tokenizer, 96)
     example = Example("1", ("Where?", CONTEXT), (Answer("In", 0),))
