@@ -38,6 +38,11 @@ def provenance(recipe: Recipe, topology: Topology, shards_digest: str) -> dict[s
     }
 
 
+def processor(device: torch.device) -> str:
+    """The name of what computes on a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
