@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         max_eval_examples=options.max_eval_examples,
     )
     loaded = {task: data.load(task, options.data_dir, limits) for task in found}
-    from pipeline.evaluation.cells import run_cells
+    from pipeline.evaluation.cells import claimed, run_cells
 
     models = models_of(options)
     cells = plan(options, models, loaded)
@@ -64,9 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         cells, rank * len(cells) // num_ranks, say=lambda line: print(line, flush=True)
     )
     if left:
-        print(f"{len(left)} cells are other processes'; the last one writes the table", flush=True)
+        print(f"{len(left)} cells are other processes'; the last one writes the tables")
         return EXIT_FINISHED
-    finish(options, models, loaded, cells)
+    with claimed(options.output_dir) as is_ours:
+        if is_ours:  # else another one, that ended its last cell just now, is writing them
+            finish(options, models, loaded, cells)
     return EXIT_FINISHED
 
 

@@ -238,7 +238,7 @@ def run_cells(cells: Sequence[Cell], first: int, say: Callable[[str], object]) -
     """
     waiting = [*cells[first:], *cells[:first]]
     for cell in waiting:
-        with _claimed(cell) as is_ours:
+        with claimed(cell.folder) as is_ours:
             if is_ours and not cell.is_done:
                 started = time.monotonic()
                 cell.run()
@@ -257,14 +257,18 @@ def _line(cell: Cell, seconds: float, cells: Sequence[Cell]) -> str:
 
 
 @contextlib.contextmanager
-def _claimed(cell: Cell) -> Iterator[bool]:
-    """Whether this process is the one that may run the cell, until the end of the block."""
+def claimed(folder: Path) -> Iterator[bool]:
+    """Whether this process is the one that may work in a folder, until the end of the block.
+
+    Raises:
+        RunError: the folder cannot be made, or its file system has no locks.
+    """
     try:
-        cell.folder.mkdir(parents=True, exist_ok=True)
-        stream = open(cell.folder / ".lock", "wb")
+        folder.mkdir(parents=True, exist_ok=True)
+        stream = open(folder / ".lock", "wb")
     except OSError as error:
         raise RunError(
-            f"{cell.folder} cannot be written ({error.strerror}), so results have nowhere to go; "
+            f"{folder} cannot be written ({error.strerror}), so results have nowhere to go; "
             "name another --output_dir"
         ) from error
     with stream:
@@ -275,7 +279,7 @@ def _claimed(cell: Cell) -> Iterator[bool]:
             return
         except OSError as error:
             raise RunError(
-                f"{cell.folder} is on a file system without locks ({error.strerror}), so several "
+                f"{folder} is on a file system without locks ({error.strerror}), so several "
                 "processes would do the same work; name an --output_dir on another"
             ) from error
         yield True
