@@ -38,6 +38,12 @@ def provenance(recipe: Recipe, topology: Topology, shards_digest: str) -> dict[s
     }
 
 
+def software() -> dict[str, str | None]:
+    """What has to be the same on all nodes of a run: versions, and the clone's commit."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages, "commit": _git("rev-parse", "HEAD")}
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
