@@ -34,6 +34,7 @@ from xml.etree import ElementTree
 from data_prep.command import (
     EXIT_FAILED,
     EXIT_FINISHED,
+    ElsewhereError,
     RunError,
     one_line,
     run_command,
@@ -277,9 +278,12 @@ class Meeting:
         """Rank 0's item, on all ranks."""
         if self.topology.rank == 0:
             self._store.set(name, json.dumps(item))
-        else:
+            return item
+        try:
             self._store.wait([name], FOREVER)
-        return json.loads(self._store.get(name))
+            return json.loads(self._store.get(name))
+        except RuntimeError as error:
+            raise ElsewhereError(EXIT_FAILED) from error  # rank 0 left, and has said why
 
     def connect_ranks(self, backend: str) -> None:
         """Make the process group, whose operations need collectives to work."""
@@ -308,7 +312,9 @@ def look(recipes: Sequence[Recipe], meeting: Meeting) -> int:
         found = findings(ranks, output_dir=output_dir, disk_bytes=needed) if ranks else []
         for line in found:
             print(f"error: {line}", file=sys.stderr)
-        return bool(meeting.announce(f"{name} is fine", not found))
+        fine = bool(meeting.announce(f"{name} is fine", not found))
+        meeting.collect(f"{name} heard", None)  # rank 0, where all words are kept, leaves last
+        return fine
 
     with meeting.stage("all ranks"):
         nodes = meeting.announce("nodes", meeting.collect("here", meeting.node))
@@ -615,6 +621,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--patience", type=float, default=PATIENCE_S, help="seconds that each check may take (120)"
     )
     own, arguments = parser.parse_known_args(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost peer is said in one line
     recipes, options = load_recipes(arguments)
     for recipe in recipes:
         skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
