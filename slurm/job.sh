@@ -93,9 +93,10 @@ asked=
 forward() {
     signalled=1
     [[ -z $asked ]] || return 0
-    while is_running; do
-        scancel --signal="$1" "$job" || true
-        sleep 10
+    echo "$SLURM_JOB_NAME: asked to stop by SIG$1" >&2
+    while true; do
+        if is_running; then scancel --signal="$1" "$job" || true; fi
+        sleep 5
     done &
     asked=$!
 }
@@ -115,6 +116,10 @@ run_step() {
     fi
 }
 
+lost_nodes() {
+    sinfo --noheader --Node --dead --nodes="$SLURM_JOB_NODELIST" --format=%N | sort -u | paste -sd ' '
+}
+
 # Ends this start of the job after a step that failed: for good, unless the job is to go on.
 end() {
     grep -hs '^error: ' "$logs/$SLURM_JOB_NAME-$job"-rank-*.log | tail -n 20 >&2 || true
@@ -123,11 +128,12 @@ end() {
     if [[ -n $asked ]] && ((status == 128 + $(kill -l USR1) || status == 128 + $(kill -l TERM))); then
         requeue
     fi
-    # The other nodes' ranks notice a lost node long before Slurm gives it up and requeues the job.
-    local lost
-    lost=$(sinfo --noheader --Node --dead --nodes="$SLURM_JOB_NODELIST" --format=%N | sort -u)
-    if [[ -n $lost ]]; then
-        echo "$SLURM_JOB_NAME: no answer from" $lost >&2
+    # The other nodes' ranks notice a lost node long before Slurm gives it up and requeues the job. A
+    # requeue before that would leave the job pending for good (Slurm 22.05: BadConstraints).
+    if [[ -n $(lost_nodes) ]]; then
+        echo "$SLURM_JOB_NAME: no answer from $(lost_nodes); it goes on once Slurm gives that up" >&2
+        local deadline=$((SECONDS + 1800))
+        while [[ -n $(lost_nodes) ]] && ((SECONDS < deadline)); do sleep 2; done
         requeue
     fi
     exit "$status"

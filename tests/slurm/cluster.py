@@ -211,6 +211,7 @@ class Cluster:
     def _write_config(self) -> None:
         folder, host = self.folder, socket.gethostname().split(".")[0]
         control_port, *ports = _free_ports(1 + len(NODES))
+        # The ports of jobs follow from their numbers: another cluster here has other ones.
         (folder / "slurm.conf").write_text(f"""\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -231,6 +232,7 @@ SchedulerParameters=sched_interval=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
 JobRequeue=1
+FirstJobId={1 + control_port % 15000}
 KillWait=5
 MinJobAge=3600
 ReturnToService=2
