@@ -81,20 +81,23 @@ join_job() {
     set -m
 }
 
+# Whether Slurm lets this start of the job be: it may have ended it already, or started the next one.
 is_running() {
-    [[ $(scontrol show job "$job" --oneliner) == *" JobState=RUNNING "* ]]
+    local state
+    state=$(scontrol show job "$job" --oneliner) || return 1
+    [[ $state == *" JobState=RUNNING "* && $state == *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]
 }
 
 # This shell is signalled (by --signal=B: before the time limit, by preemption, by the user) and
 # passes it on to the tasks of all nodes, again and again, since a step that is just starting loses
 # signals. Once Slurm itself ends the job, for a cancel or a requeue, it has signalled the tasks
-# already, and a scancel that is told to try again later would hit the job's next start.
+# already, and a scancel would hit the job's next start.
 asked=
 forward() {
     signalled=1
     [[ -z $asked ]] || return 0
     echo "$SLURM_JOB_NAME: asked to stop by SIG$1" >&2
-    while true; do
+    while kill -0 "$$" 2> /dev/null; do # Slurm's kill may miss this loop
         if is_running; then scancel --signal="$1" "$job" || true; fi
         sleep 5
     done &
