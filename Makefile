@@ -1,10 +1,10 @@
-# make setup | demo | test | lint. Nothing else is needed; see README.md.
+# make setup | demo | test | lint | soak. Nothing else is needed; see README.md.
 PYTHON ?= python3
 BIN := .venv/bin
 TEACHER ?= models/pocket-teacher
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint soak clean
 
 setup: .venv/ready
 
@@ -30,6 +30,11 @@ lint: setup
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# An hour: a hundred kills of a training, and of a preparation.
+soak: setup
+	@$(BIN)/python -m tests.soak.kills --kills 100
+	@$(BIN)/python -m tests.soak.preparation --kills 100
 
 clean:
 	rm -rf runs .venv *.egg-info

@@ -445,8 +445,9 @@ class ShardReader:
             if raw is not None and _fault(raw, block, check) is None:
                 return raw
         where = self._name(shard, block)
+        span = (block.offset, block.offset + block.bytes)
         try:
-            raw = self._storage.read(shard.name, block.offset, block.offset + block.bytes)
+            raw = self._storage.read(shard.name, *span, lambda raw: _fault(raw, block, check))
         except FileNotFoundError as error:
             raise RunError(f"{where} cannot be read: the file is missing; {_REMEDY}") from error
         if (fault := _fault(raw, block, check)) is not None:

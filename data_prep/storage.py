@@ -25,6 +25,14 @@ _Result = TypeVar("_Result")
 _LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
+class _FaultyError(OSError):
+    """Bytes came, and they are not right."""
+
+    def __init__(self, fault: str, data: bytes) -> None:
+        super().__init__(fault)
+        self.data = data
+
+
 class Storage:
     """Files below a folder, by its path or fsspec URL.
 
@@ -42,11 +50,24 @@ class Storage:
         self._root = root.rstrip("/")
         self.is_remote = not isinstance(self._fs, LocalFileSystem)
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+    def read(
+        self,
+        name: str,
+        start: int | None = None,
+        stop: int | None = None,
+        fault: Callable[[bytes], str | None] = lambda _: None,
+    ) -> bytes:
         """A file's bytes, or those from `start` to before `stop`.
 
-        On remote storage a body of another length than was asked for counts as a failed attempt;
-        a local file that ends early gives what it has.
+        On remote storage a body of another length than was asked for, or with a fault, counts as a
+        failed attempt; if the last attempt has the fault too, its bytes come back for the caller to
+        refuse. A local file that ends early gives what it has.
+
+        Args:
+            name: of the file.
+            start: first byte; None is the file's.
+            stop: one beyond the last byte.
+            fault: says what is wrong with the bytes; None where nothing is.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -59,6 +80,8 @@ class Storage:
             if self.is_remote and start is not None and stop is not None:
                 if len(data) != stop - start:
                     raise OSError(f"{len(data)} bytes came where {stop - start} were asked for")
+            if self.is_remote and (found := fault(data)) is not None:
+                raise _FaultyError(found, data)
             return data
 
         try:
@@ -66,6 +89,8 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(where) from error
         except Exception as error:
+            if isinstance(error.__cause__, _FaultyError):
+                return error.__cause__.data
             if not _is_of_storage(error):
                 raise
             raise RunError(

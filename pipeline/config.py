@@ -18,6 +18,7 @@ from data_prep.config import Prep
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "recipes" / "demo.yaml"
 DEFAULT_DS_CONFIG = ROOT / "ds_configs" / "zero2.json"
+HANG_SECONDS = (5.0, 1500.0)  # shortest and longest; COLLECTIVE_TIMEOUT is beyond
 PAPER_WEIGHTS = {
     "minilmv2": {"qq": 1.0, "kk": 1.0, "vv": 1.0},
     "minilm": {"at": 1.0, "vr": 1.0},
@@ -180,7 +181,9 @@ class Train:
         adam_eps: of AdamW.
         max_grad_norm: global gradient norm that gradients are clipped to.
         save_every: steps between checkpoints.
-        keep_checkpoints: complete checkpoints that are kept.
+        keep_checkpoints: complete checkpoints that are kept, the newest.
+        keep_every: checkpoints of steps that are its multiples are kept besides; 0 is none.
+        max_failed_saves: checkpoints in a row that cannot be written before the run ends.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between held-out losses; 0 is never.
         compile: let torch.compile fuse the layers of both models, over batches of one shape; for
@@ -198,9 +201,36 @@ class Train:
     max_grad_norm: float = 1.0
     save_every: int = 1000
     keep_checkpoints: int = 3
+    keep_every: int = 0
+    max_failed_saves: int = 3
     log_every: int = 10
     eval_every: int = 1000
     compile: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is looked for while a run goes on; docs/detection.md.
+
+    Args:
+        hang_seconds: without any rank going on, after which all are ended and the one that is
+            behind is named; null waits on.
+        straggler_percent: that a rank's own work may take longer than the median of the others'
+            before a line says so.
+        on_loss_spike: what follows a loss far over those of the steps before: warn, a line that
+            names step and rows, or skip, the line and no update of the weights.
+        loss_spike_mads: median absolute deviations over the median that are far.
+        loss_spike_window: steps before, of which these are taken.
+        check_corruption_every: steps between two checks that all ranks compute the same from the
+            same rows and hold the same weights; null is never.
+    """
+
+    hang_seconds: float | None = 1200.0
+    straggler_percent: float = 50.0
+    on_loss_spike: Literal["warn", "skip"] = "warn"
+    loss_spike_mads: float = 10.0
+    loss_spike_window: int = 64
+    check_corruption_every: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +260,7 @@ class Recipe:
         objective: what of the teacher is imitated.
         prep: how raw text becomes shards.
         data: what the student is trained on.
+        watch: what is looked for while a run goes on.
         students: several students, each trained as if it were alone; empty is the one that the
             recipe describes.
     """
@@ -242,6 +273,7 @@ class Recipe:
     objective: Objective = dataclasses.field(default_factory=Objective)
     prep: Prep = dataclasses.field(default_factory=Prep)
     data: Data = dataclasses.field(default_factory=Data)
+    watch: Watch = dataclasses.field(default_factory=Watch)
     students: list[Variant] = dataclasses.field(default_factory=list)
 
     @property
@@ -379,6 +411,7 @@ def check_recipe(recipe: Recipe) -> None:
         "train.micro_batch_size": train.micro_batch_size,
         "train.save_every": train.save_every,
         "train.keep_checkpoints": train.keep_checkpoints,
+        "train.max_failed_saves": train.max_failed_saves,
         "train.log_every": train.log_every,
         "student.num_hidden_layers": student.num_hidden_layers,
         "student.hidden_size": student.hidden_size,
@@ -386,6 +419,7 @@ def check_recipe(recipe: Recipe) -> None:
         "student.intermediate_size": student.intermediate_size,
         "student.vocabulary_min_count": student.vocabulary_min_count,
         "objective.num_relation_heads": objective.num_relation_heads,
+        "watch.loss_spike_window": recipe.watch.loss_spike_window,
     }
     for key, value in at_least_one.items():
         if value < 1:
@@ -393,6 +427,7 @@ def check_recipe(recipe: Recipe) -> None:
     not_negative: dict[str, float] = {
         "train.warmup_steps": train.warmup_steps,
         "train.eval_every": train.eval_every,
+        "train.keep_every": train.keep_every,
         "train.weight_decay": train.weight_decay,
         "seed": recipe.seed,
     }
@@ -406,6 +441,8 @@ def check_recipe(recipe: Recipe) -> None:
         "objective.temperature": objective.temperature,
         "objective.mlm_probability": objective.mlm_probability,
         "data.cache_gb": recipe.data.cache_gb,
+        "watch.straggler_percent": recipe.watch.straggler_percent,
+        "watch.loss_spike_mads": recipe.watch.loss_spike_mads,
     }
     for key, number in positive.items():
         if not (number > 0 and math.isfinite(number)):
@@ -421,6 +458,7 @@ def check_recipe(recipe: Recipe) -> None:
         if not 0 <= number < 1:
             raise ConfigError(f"{key}={number} is outside 0 <= x < 1; use a value in that range")
     _check_weights(objective)
+    _check_watch(recipe.watch)
     _check_init(student)
     _check_vocabulary(student)
     if not student.model and student.hidden_size % student.num_attention_heads:
@@ -434,6 +472,22 @@ def check_recipe(recipe: Recipe) -> None:
             f"train.micro_batch_size={train.micro_batch_size} does not divide "
             f"train.batch_size={train.batch_size}, so a step would miss rows; use one of "
             f"{divisors(train.batch_size)}"
+        )
+
+
+def _check_watch(watch: Watch) -> None:
+    every = watch.check_corruption_every
+    if every is not None and every < 1:
+        raise ConfigError(
+            f"watch.check_corruption_every={every} is below 1, so nothing would be checked; use 1 "
+            "or more, or null to say so"
+        )
+    shortest, longest = HANG_SECONDS
+    if watch.hang_seconds is not None and not shortest <= watch.hang_seconds <= longest:
+        raise ConfigError(
+            f"watch.hang_seconds={watch.hang_seconds} is outside {shortest:g} <= x <= {longest:g}: "
+            "in less, a busy host may not answer, and after more, the ranks' connections give up "
+            "by themselves; use a value in that range, or null to have only the latter"
         )
 
 

@@ -9,7 +9,10 @@ from types import TracebackType
 from typing import Any
 
 METRICS = "metrics.jsonl"
-TIMING_KEYS = frozenset({"tokens_per_second", "seconds"})  # all that may differ between equal runs
+# All that may differ between equal runs.
+TIMING_KEYS = frozenset(
+    {"tokens_per_second", "seconds", "own_ms_median", "own_ms_slowest", "slowest_rank"}
+)
 
 
 class JsonLines:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -32,6 +31,7 @@ from pipeline.initialise import WORDS, copied_layers, projected_layers, start_la
 from pipeline.loader import Batch
 from pipeline.objectives import QKV, Compared, Outputs, Predictions, of_text
 from pipeline.prepacked import can_prepack, prepack
+from pipeline.progress import part
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
 logging.disable_progress_bar()
@@ -291,6 +291,11 @@ class TeacherModel:
         self._targets = list(dict.fromkeys(targets))
         self._last: tuple[Batch, dict[Target, Compared]] | None = None
 
+    def replicas(self) -> list[torch.Tensor]:
+        """The weights, of which every rank has a whole copy; without those laid out for oneDNN."""
+        tensors = [*self._encoder.parameters(), *self._encoder.buffers()]
+        return [tensor.detach() for tensor in tensors if tensor.layout == torch.strided]
+
     def __call__(self, batch: Batch) -> Compared:
         """What the teacher gives of the batch, where there is one target; nothing is kept."""
         (target,) = self._targets
@@ -303,7 +308,7 @@ class TeacherModel:
             self._last = batch, self._run(batch, batch.inputs)
         return self._last[1][target]
 
-    @record_function("teacher")
+    @part("teacher")
     @torch.inference_mode()
     def _run(self, batch: Batch, inputs: tuple[Any, ...]) -> dict[Target, Compared]:
         # `inputs` are made before: torch.compile tells tensors of inference mode from others.
@@ -556,6 +561,26 @@ def num_word_embeddings(folder: Path) -> int:
     with torch.device("meta"):
         model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     return int(model.get_input_embeddings().weight.numel())
+
+
+def meta_encoder(config: Any, needs: type[Compared], projections: str = "qkv") -> Encoder:
+    """An encoder as a run has it, on the meta device: for counting, without memory.
+
+    Args:
+        config: of the student, or of the teacher up to its last layer that is used.
+        needs: of the objective.
+        projections: of the objective, for a student.
+    """
+    with torch.device("meta"):
+        model = _auto_class(needs).from_config(config, attn_implementation=PACKED)
+        return pack_encoder(model, needs, projections)
+
+
+def cut_config(config: Any, layer: int) -> Any:
+    """A copy of a configuration whose last layer is the 1-based `layer`."""
+    config = copy.deepcopy(config)
+    architecture_of(config).set_num_layers(config, layer)
+    return config
 
 
 def _auto_class(needs: type[Compared]) -> Any:

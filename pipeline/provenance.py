@@ -44,6 +44,11 @@ def software() -> dict[str, str | None]:
     return {"python": platform.python_version(), **packages, "commit": _git("rev-parse", "HEAD")}
 
 
+def processor(device: torch.device) -> str:
+    """The name of what computes on a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)

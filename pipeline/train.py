@@ -30,16 +30,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     # They load torch and transformers: a typo is refused before.
     from pipeline.assemble import assemble
     from pipeline.collectives import disconnect, naming_lost_ranks
+    from pipeline.faults import naming_faults
     from pipeline.loop import train
     from pipeline.profiling import profiling
+    from pipeline.watchdog import Watchdog
 
-    with naming_lost_ranks(launched_rank()):
+    output_dir = Path(options.output_dir)
+    watchdog = Watchdog(output_dir, recipes[0].watch.hang_seconds)
+    rank = launched_rank()
+    with naming_lost_ranks(rank), naming_faults(recipes[0], rank), watchdog:
         runs = assemble(
-            recipes, stop, deepspeed=options.deepspeed, allow_change=options.allow_change
+            recipes,
+            stop,
+            watchdog,
+            deepspeed=options.deepspeed,
+            allow_change=options.allow_change,
         )
         status = EXIT_FINISHED
         if runs:
-            folder, rank = Path(options.output_dir) / "profile", runs[0].topology.rank
+            folder = output_dir / "profile"
             with profiling(folder, enabled=options.profile, rank=rank) as after_step:
                 status = train(runs, after_step)
         disconnect()
