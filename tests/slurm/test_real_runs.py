@@ -16,6 +16,7 @@ import pytest
 
 from pipeline.config import load_recipe
 from pipeline.preflight import checkpoint_bytes
+from tests.pipeline.launch import TIMING
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,7 +102,7 @@ class Job:
             "PREFLIGHT": "0",
             "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",  # all nodes are one host, and may have one GPU
-            "SLURM_WAIT": "5",
+            "SLURM_WAIT": "20",
         }
         log = f"--output={self.folder}/job.out"
         self.id = self.cluster.submit(DISTILL, log, *self.flags, cwd=ROOT, env=env)
@@ -115,7 +116,7 @@ class Job:
         path = self.folder / "run/metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in whole]
+        return [{k: v for k, v in line.items() if k not in TIMING} for line in whole]
 
     def wait_for_steps(self, steps: int) -> None:
         deadline = time.monotonic() + PATIENCE_S
