@@ -42,6 +42,12 @@ def provenance(recipe: Recipe, topology: Topology, shards_digest: str) -> dict[s
     }
 
 
+def software() -> dict[str, str | None]:
+    """What has to be the same on all nodes of a run: versions, and the clone's commit."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages, "commit": _git("rev-parse", "HEAD")}
+
+
 def processor(device: torch.device) -> str:
     """The name of what computes on a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
