@@ -1,14 +1,17 @@
 """The student as an ordinary Hugging Face folder, from sharded checkpoints of any ZeRO stage.
 
-`python -m pipeline.export --run RUN [--checkpoint step-00000100]`
+`python -m pipeline.export --run RUN [--checkpoint step-00000100]` writes RUN/student.
+`python -m pipeline.export --model DIR --output_dir OUT` takes any encoder, fine-tuned ones too.
+`--formats onnx,onnx-int8,sentence-transformers` adds these to the folder: docs/export.md.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +25,123 @@ from pipeline.checkpoint import State, newest_state, read_state, tag_of
 from pipeline.config import Recipe, load_recipe
 from pipeline.engine import read_weights
 from pipeline.metrics import METRICS, read_lines
-from pipeline.models import num_word_embeddings, parameter_shapes
+from pipeline.models import (
+    longest_segment,
+    num_word_embeddings,
+    parameter_shapes,
+    read_config,
+    save_whole,
+)
+from pipeline.source_card import card_of, licence_of
 from pipeline.vocabulary import in_words
 
 CONFIG = "config.yaml"
+CARD = "README.md"
 START = "student-start"  # the untrained student: its config, tokenizer and what no loss reaches
+FORMATS = ("hf", "onnx", "onnx-int8", "sentence-transformers")
+DTYPES = ("float32", "bfloat16")
+FORMATS_HEADING = "## Formats\n"  # where the part of a card that an export writes anew begins
+
+AddFormats = Callable[[Path], dict[str, Any] | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export a run's newest checkpoint, or the one that is named."""
-    parser = OptionParser(prog="python -m pipeline.export", description=__doc__)
-    parser.add_argument("--run", type=Path, required=True, help="output_dir of a training run")
+    """Export a run's newest checkpoint, the one that is named, or a model of any origin."""
+    parser = OptionParser(
+        prog="python -m pipeline.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, help="output_dir of a training run")
+    source.add_argument("--model", help="a model's folder or hub id, in place of a run")
     parser.add_argument("--checkpoint", help="folder name, e.g. step-00000100; default the newest")
+    parser.add_argument(
+        "--output_dir", type=Path, help="replaced whole; default RUN/student, none with --model"
+    )
+    parser.add_argument(
+        "--formats", type=_names, default=["hf"], help=f"some of {','.join(FORMATS)}; default hf"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of the HF weights")
+    parser.add_argument("--push_to_hub", metavar="NAME", help="USER/MODEL to upload the folder to")
+    parser.add_argument("--private", action="store_true", help="a repository that is created")
     options = parser.parse_args(argv)
-    run: Path = options.run
+    _check(options)
+    if options.run:
+        recipe, state = _read_run(options.run, options.checkpoint)
+        folder = export_student(
+            recipe,
+            options.run,
+            state,
+            folder=options.output_dir,
+            formats=options.formats,
+            dtype=options.dtype,
+        )
+    else:
+        folder = export_model(
+            options.model, options.output_dir, formats=options.formats, dtype=options.dtype
+        )
+    print(folder)
+    if options.push_to_hub:
+        from pipeline.export_formats.hub import push
+
+        print(push(folder, options.push_to_hub, private=options.private))
+    return EXIT_FINISHED
+
+
+def _names(value: str) -> list[str]:
+    return [name.strip() for name in value.split(",") if name.strip()]
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse options that do not fit together.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    if unknown := [name for name in options.formats if name not in FORMATS]:
+        raise ConfigError(
+            f"--formats {unknown[0]} is not one of {', '.join(FORMATS)}; name some of these, with "
+            "commas between them"
+        )
+    if options.model and options.output_dir is None:
+        raise ConfigError(
+            f"--model {options.model} needs --output_dir, a new folder: the model's own is left as "
+            "it is"
+        )
+    if options.model and options.checkpoint:
+        raise ConfigError("--checkpoint is for --run; a --model has no checkpoints")
+    if options.model and _is_same(Path(options.model), options.output_dir):
+        raise ConfigError(
+            f"--output_dir {options.output_dir} is the model's own folder, which would be replaced "
+            "while it is read; name another"
+        )
+    if options.private and not options.push_to_hub:
+        raise ConfigError("--private is for --push_to_hub, and nothing is pushed; name a model")
+    if options.push_to_hub:
+        from pipeline.export_formats.hub import check_hub
+
+        check_hub(options.push_to_hub)
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    return first.exists() and second.exists() and first.samefile(second)
+
+
+def _read_run(run: Path, checkpoint: str | None) -> tuple[Recipe, State]:
     if not (run / CONFIG).is_file():
         raise ConfigError(f"--run {run} has no {CONFIG}, so it is no run; name its output_dir")
     recipe, _ = load_recipe(["--config", str(run / CONFIG)])
     folder = run / "checkpoints"
-    if options.checkpoint:
-        known = sorted(p.name for p in folder.glob("step-*") if p.is_dir())
-        if options.checkpoint not in known:
-            raise ConfigError(f"--checkpoint {options.checkpoint} is not one of {', '.join(known)}")
-        state = read_state(folder / options.checkpoint)
-    else:
-        newest = newest_state(folder)
-        if newest is None:
-            raise ConfigError(f"{folder} holds no whole checkpoint, so there is nothing to export")
-        state = newest
-    print(export_student(recipe, run, state))
-    return EXIT_FINISHED
+    if checkpoint:
+        known = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
+        if checkpoint not in known:
+            raise ConfigError(f"--checkpoint {checkpoint} is not one of {', '.join(known)}")
+        return recipe, read_state(folder / checkpoint)
+    newest = newest_state(folder)
+    if newest is None:
+        raise ConfigError(f"{folder} holds no whole checkpoint, so there is nothing to export")
+    return recipe, newest
 
 
 def save_start(config: Any, tokenizer: Any, untrained: dict[str, torch.Tensor], run: Path) -> None:
@@ -72,14 +162,34 @@ def save_start(config: Any, tokenizer: Any, untrained: dict[str, torch.Tensor], 
     os.replace(partial, folder)
 
 
-def export_student(recipe: Recipe, run: Path, state: State) -> Path:
-    """Write RUN/student/ from a checkpoint: fp32 weights, tokenizer, configuration, model card.
+def export_student(
+    recipe: Recipe,
+    run: Path,
+    state: State,
+    *,
+    folder: Path | None = None,
+    formats: Collection[str] = ("hf",),
+    dtype: str = "float32",
+) -> Path:
+    """Write a student from a checkpoint: weights, tokenizer, configuration, formats, model card.
+
+    Args:
+        recipe: of the run.
+        run: its output_dir.
+        state: which checkpoint.
+        folder: where to; None is RUN/student.
+        formats: some of FORMATS.
+        dtype: one of DTYPES, of the Hugging Face weights; the other formats are made from fp32.
 
     Returns:
         The folder, which replaces an older one only when it is whole.
+
+    Raises:
+        ConfigError: the student, its shards or its teacher do not allow a format.
+        RunError: the checkpoint or the shards are damaged.
     """
-    folder, partial = run / "student", run / ".student.partial"
-    shutil.rmtree(partial, ignore_errors=True)
+    folder = folder or run / "student"
+    partial = _begin(folder)
     shutil.copytree(run / START, partial)
     untrained = load_file(partial / "untrained.safetensors")
     (partial / "untrained.safetensors").unlink()
@@ -88,26 +198,82 @@ def export_student(recipe: Recipe, run: Path, state: State) -> Path:
     weights = read_weights(run / "checkpoints", tag_of(state.step), trained)
     whole = {name: {**untrained, **weights}[name].contiguous() for name in sorted(shapes)}
     save_file(whole, partial / "model.safetensors", metadata={"format": "pt"})
-    card = _model_card(recipe, run, state, whole, sorted(untrained))
-    (partial / "README.md").write_text(card, encoding="utf-8")
+
+    facts = None
+    if _adds(formats, dtype):
+        from pipeline.export_formats.difference import Heldout
+        from pipeline.export_formats.formats import add_formats
+
+        facts = add_formats(partial, formats, dtype, Heldout(recipe, state, partial))
+    card = _model_card(recipe, run, state, whole, sorted(untrained), facts)
+    (partial / CARD).write_text(card, encoding="utf-8")
+    return _finish(partial, folder)
+
+
+def export_model(
+    source: str, folder: Path, *, formats: Collection[str] = ("hf",), dtype: str = "float32"
+) -> Path:
+    """Write a model of any origin, with its head if it has one, and formats of it.
+
+    Args:
+        source: folder or hub id of an encoder, bare or fine-tuned.
+        folder: where to.
+        formats: some of FORMATS.
+        dtype: one of DTYPES, of the Hugging Face weights.
+
+    Returns:
+        The folder, which replaces an older one only when it is whole. Its card is the model's own
+        with the formats added.
+
+    Raises:
+        ConfigError: the model does not load, or has no such format.
+    """
+    partial = _begin(folder)
+    save_whole(source, partial)
+    facts = None
+    if _adds(formats, dtype):
+        from pipeline.export_formats.formats import add_formats
+
+        facts = add_formats(partial, formats, dtype, None)
+    own = card_of(source)
+    card = own or _render("converted_card.md.j2", name=folder.name, source=source)
+    if facts is not None:
+        card = card.partition(FORMATS_HEADING)[0].rstrip() + "\n\n" + _render_formats(facts)
+    (partial / CARD).write_text(card, encoding="utf-8")
+    return _finish(partial, folder)
+
+
+def _begin(folder: Path) -> Path:
+    """Where a folder is written before it is whole."""
+    partial = folder.parent / f".{folder.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return partial
+
+
+def _finish(partial: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return folder
 
 
+def _adds(formats: Collection[str], dtype: str) -> bool:
+    return bool(set(formats) - {"hf"}) or dtype != DTYPES[0]
+
+
 def _model_card(
-    recipe: Recipe, run: Path, state: State, weights: dict[str, Any], untrained: list[str]
+    recipe: Recipe,
+    run: Path,
+    state: State,
+    weights: dict[str, Any],
+    untrained: list[str],
+    facts: dict[str, Any] | None,
 ) -> str:
     lines = [line for line in read_lines(run / METRICS) if line["step"] <= state.step]
     heldout = [line for line in lines if "heldout_loss" in line]
     prefix = "heldout_loss_"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        keep_trailing_newline=True,
-    )
-    return environment.get_template("model_card.md.j2").render(
+    return _render(
+        "model_card.md.j2",
         recipe=recipe,
         recipe_yaml=yaml.safe_dump(
             yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")), sort_keys=False
@@ -122,7 +288,27 @@ def _model_card(
         untrained=untrained,
         vocabulary=_vocabulary(recipe, run),
         is_cut=any(not name.startswith("pooler.") for name in untrained),
+        max_tokens=longest_segment(read_config("student", str(run / START))),
+        licence=licence_of(recipe.teacher.model),
+        teacher_id=None if Path(recipe.teacher.model).exists() else recipe.teacher.model,
+        formats=None if facts is None else _render_formats(facts),
+        gives_sentences=facts is not None and "sentence-transformers" in facts["formats"],
     )  # fmt: skip
+
+
+def _render_formats(facts: dict[str, Any]) -> str:
+    """The part of a card that says what else the folder holds."""
+    return FORMATS_HEADING + _render("model_card_formats.md.j2", **facts)
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)
 
 
 def _vocabulary(recipe: Recipe, run: Path) -> str | None:

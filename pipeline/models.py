@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,9 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 from transformers.utils import logging
@@ -36,6 +40,14 @@ from pipeline.progress import part
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
 logging.disable_progress_bar()
 AttentionInterface.register(PACKED, packed_attention)
+
+# What a model gives, and the class that loads it, by the end of its architecture's name.
+HEADS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "ForSequenceClassification": (AutoModelForSequenceClassification, ("logits",)),
+    "ForTokenClassification": (AutoModelForTokenClassification, ("logits",)),
+    "ForQuestionAnswering": (AutoModelForQuestionAnswering, ("start_logits", "end_logits")),
+}
+HIDDEN = ("last_hidden_state",)
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
 
@@ -642,6 +654,124 @@ def load_whole(source: str, device: torch.device) -> Any:
     """An ordinary encoder in fp32 with transformers' own attention, for comparison."""
     model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
     return model.eval().to(device)
+
+
+class NamedOutputs(nn.Module):
+    """A model that takes a padded batch and returns some of its outputs as a tuple.
+
+    Args:
+        model: a transformers model in eval mode.
+        names: of the outputs.
+    """
+
+    def __init__(self, model: Any, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """The outputs; inputs are [batch, length] int64, types only where the model knows them."""
+        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **types)
+        return tuple(output[name] for name in self.names)
+
+
+class LastLayer(nn.Module):
+    """What objectives compare, from a whole model that runs one segment as transformers does.
+
+    Args:
+        model: a transformers encoder of a known architecture, without a head, in eval mode.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.architecture = model, architecture_of(model.config)
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The last hidden state, and Q, K, V of the last layer, each [T, hidden].
+
+        Args:
+            input_ids: [1, T] int64.
+        """
+        output = self.model(input_ids=input_ids, output_hidden_states=True)
+        last = len(self.architecture.layers(self.model)) - 1
+        before = output.hidden_states[last]
+        positions = torch.arange(input_ids.shape[1])[None]
+        rotations = self.architecture.rotations(self.model, before, positions)
+        q, k, v = self.architecture.project(self.model, last, before, rotations)
+        return output.last_hidden_state.squeeze(0), q, k, v
+
+
+def input_names(model: Any, tokenizer: Any) -> tuple[str, ...]:
+    """What a tokenizer gives that the model takes, in the model's order."""
+    given = set(tokenizer.model_input_names)
+    return tuple(name for name in inspect.signature(model.forward).parameters if name in given)
+
+
+def load_with_head(source: str) -> tuple[Any, tuple[str, ...]]:
+    """A model of a folder or hub id in fp32 with the head that its configuration names.
+
+    Returns:
+        The model, and the names of its outputs: those of its head, or of an encoder, which one
+        that predicts tokens counts as.
+
+    Raises:
+        ConfigError: it is no encoder known here, or has another head.
+    """
+    model, _ = _load_with_head(source)
+    return model, HEADS.get(_head_of(model.config), (None, HIDDEN))[1]
+
+
+def _load_with_head(source: str) -> tuple[Any, set[str]]:
+    """See `load_with_head`: the model, and the names of the weights that the source lacks."""
+    config = read_config("--model", source)
+    head = _head_of(config)
+    known = {"": AutoModel, "ForPreTraining": AutoModel, "ForMaskedLM": AutoModelForMaskedLM}
+    known |= {name: load for name, (load, _) in HEADS.items()}
+    if head not in known:
+        raise ConfigError(
+            f"--model {source} is a {config.architectures[0]}, whose outputs are not known here; "
+            f"give an encoder, or one with a head of {', '.join(HEADS)}"
+        )
+    try:
+        model, loading = known[head].from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:  # whatever a user's folder may provoke in there
+        raise ConfigError(
+            f"--model {source} does not load ({one_line(error)}); give a whole model folder or a "
+            "hub id"
+        ) from error
+    missing = set(loading["missing_keys"])
+    if lost := sorted(name for name in missing if "pooler." not in name):
+        raise ConfigError(
+            f"--model {source} has no weights for {lost[0]!r} and {len(lost) - 1} more, which "
+            "would be random; give a folder with all of them"
+        )
+    return model.eval(), missing
+
+
+def _head_of(config: Any) -> str:
+    """The end of the architecture's name that says what the model has above its encoder."""
+    name: str = (config.architectures or [""])[0]
+    return "For" + name.rpartition("For")[2] if "For" in name else ""
+
+
+def save_whole(source: str, folder: Path) -> None:
+    """Write a model of a folder or hub id in fp32, its head included, with its tokenizer.
+
+    Raises:
+        ConfigError: they do not load, or the model is none that is known here.
+    """
+    tokenizer = load_tokenizer(source)
+    model, missing = _load_with_head(source)
+    found = {name: weight for name, weight in model.state_dict().items() if name not in missing}
+    model.save_pretrained(folder, state_dict=found)  # without a pooler that the source lacks
+    tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(source: str) -> Any:
