@@ -256,12 +256,14 @@ def make_run(recipe: Recipe, batches: list[Batch], ds_config: Path = DEFAULT_DS_
         heldout={},
         objective=objective,
         teacher=teacher,
+        teacher_weights=teacher.replicas,
         engine=engine,
         checkpoints=Checkpoints(Path(recipe.output_dir), topology, keep=1),
         metrics=None,
         row_log=None,
         state=State(step=0, tokens=0, world_size=topology.world_size, identity={}),
         bar=tqdm(disable=True),
+        hosts=["this one"] * topology.world_size,
     )
 
 

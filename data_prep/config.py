@@ -99,6 +99,7 @@ class PrepRecipe:
         objective: unused.
         data: unused.
         train: unused.
+        students: unused.
     """
 
     seed: int = 1
@@ -109,6 +110,7 @@ class PrepRecipe:
     objective: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
+    students: list[Any] | None = None
 
     @property
     def tokenizer(self) -> str:

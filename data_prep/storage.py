@@ -15,7 +15,7 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
-from data_prep.command import RunError, one_line
+from data_prep.command import RunError, masked, one_line
 
 ATTEMPTS = 8
 LONGEST_WAIT = 30.0  # seconds; the waits before all attempts are a minute at most, half on average
@@ -45,7 +45,7 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/") or url
+        self.url = masked(url.rstrip("/") or url)  # for messages
         self._fs, root = fsspec.core.url_to_fs(url)
         self._root = root.rstrip("/")
         self.is_remote = not isinstance(self._fs, LocalFileSystem)
@@ -150,7 +150,7 @@ def _retried(where: str, call: Callable[[], _Result]) -> _Result:
         assert state.outcome is not None
         assert state.next_action is not None
         print(
-            f"warning: {where}: {_named(state.outcome.exception())}; attempt "
+            f"warning: {where}: {masked(_named(state.outcome.exception()))}; attempt "
             f"{state.attempt_number + 1} of {ATTEMPTS} in {state.next_action.sleep:.1f} s",
             file=sys.stderr,
             flush=True,

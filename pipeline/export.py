@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from data_prep.command import EXIT_FINISHED, ConfigError, run_command
+from data_prep.command import EXIT_FINISHED, ConfigError, OptionParser, run_command
 from pipeline.checkpoint import State, newest_state, read_state, tag_of
 from pipeline.config import Recipe, load_recipe
 from pipeline.engine import read_weights
@@ -32,7 +31,7 @@ START = "student-start"  # the untrained student: its config, tokenizer and what
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export a run's newest checkpoint, or the one that is named."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.export", description=__doc__)
+    parser = OptionParser(prog="python -m pipeline.export", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="output_dir of a training run")
     parser.add_argument("--checkpoint", help="folder name, e.g. step-00000100; default the newest")
     options = parser.parse_args(argv)
@@ -42,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     recipe, _ = load_recipe(["--config", str(run / CONFIG)])
     folder = run / "checkpoints"
     if options.checkpoint:
-        if not (folder / options.checkpoint).is_dir():
-            known = sorted(p.name for p in folder.glob("step-*"))
+        known = sorted(p.name for p in folder.glob("step-*") if p.is_dir())
+        if options.checkpoint not in known:
             raise ConfigError(f"--checkpoint {options.checkpoint} is not one of {', '.join(known)}")
         state = read_state(folder / options.checkpoint)
     else:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -32,6 +31,7 @@ from pipeline.initialise import WORDS, copied_layers, projected_layers, start_la
 from pipeline.loader import Batch
 from pipeline.objectives import QKV, Compared, Outputs, Predictions, of_text
 from pipeline.prepacked import can_prepack, prepack
+from pipeline.progress import part
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
 logging.disable_progress_bar()
@@ -291,6 +291,11 @@ class TeacherModel:
         self._targets = list(dict.fromkeys(targets))
         self._last: tuple[Batch, dict[Target, Compared]] | None = None
 
+    def replicas(self) -> list[torch.Tensor]:
+        """The weights, of which every rank has a whole copy; without those laid out for oneDNN."""
+        tensors = [*self._encoder.parameters(), *self._encoder.buffers()]
+        return [tensor.detach() for tensor in tensors if tensor.layout == torch.strided]
+
     def __call__(self, batch: Batch) -> Compared:
         """What the teacher gives of the batch, where there is one target; nothing is kept."""
         (target,) = self._targets
@@ -303,7 +308,7 @@ class TeacherModel:
             self._last = batch, self._run(batch, batch.inputs)
         return self._last[1][target]
 
-    @record_function("teacher")
+    @part("teacher")
     @torch.inference_mode()
     def _run(self, batch: Batch, inputs: tuple[Any, ...]) -> dict[Target, Compared]:
         # `inputs` are made before: torch.compile tells tensors of inference mode from others.
@@ -335,7 +340,7 @@ def read_config(key: str, source: str) -> Any:
             "`save_pretrained` wrote"
         )
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"{key}={source!r} does not load ({one_line(error)}); give a folder that exists or a "
@@ -343,6 +348,22 @@ def read_config(key: str, source: str) -> Any:
         ) from error
     if reason := refusal(config.model_type):
         raise ConfigError(f"{key}={source!r} is a {config.model_type!r} model, {reason}")
+    if getattr(config, "is_decoder", False):
+        raise ConfigError(
+            f"{key}={source!r} has is_decoder=true in its config.json, so its tokens attend to "
+            "earlier ones only, and it would be run as an encoder; name an encoder"
+        )
+    for name, value in architecture_of(config).shape(config).items():
+        if value < 1:
+            raise ConfigError(
+                f"{key}={source!r} has {name}={value} in its config.json, which is no model; name "
+                "another folder, or mend it"
+            )
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{key}={source!r} has no *.safetensors, the only weights that are read (others can "
+            "hold programs); convert them with transformers' save_pretrained"
+        )
     return config
 
 
@@ -597,6 +618,8 @@ def _load(
             dtype=dtype,
             attn_implementation=PACKED,
             output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # others are pickles, which can hold programs
         )
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
@@ -617,7 +640,8 @@ def _load(
 
 def load_whole(source: str, device: torch.device) -> Any:
     """An ordinary encoder in fp32 with transformers' own attention, for comparison."""
-    return AutoModel.from_pretrained(source, dtype=torch.float32).eval().to(device)
+    model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    return model.eval().to(device)
 
 
 def load_tokenizer(source: str) -> Any:
@@ -627,7 +651,7 @@ def load_tokenizer(source: str) -> Any:
         ConfigError: none loads from there.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"the tokenizer {source!r} does not load ({one_line(error)}); set prep.tokenizer to "
