@@ -383,13 +383,20 @@ def _tokenise(job: _Job, paths: Sequence[Path]) -> None:
             tokenise(spills, partition, path, job.prep, job.tokenizer, removals)
 
         for_each_partition("tokenise", tokenise_partition)
-    on_rank_0(job.ranks, lambda: _remove(job.work, "read-*[0-9]", "similar-*", "lines-*"))
+    _remove(job, "read-*[0-9]", "similar-*", "lines-*")
 
 
-def _remove(folder: Path, *patterns: str) -> None:
-    for pattern in patterns:
-        for path in folder.glob(pattern):
+def _remove(job: _Job, *patterns: str) -> None:
+    """Remove working files, each rank some, as much of a file takes a file system its time."""
+    paths: list[Path] = on_rank_0(
+        job.ranks, lambda: [path for pattern in patterns for path in job.work.glob(pattern)]
+    )
+
+    def remove_share() -> None:
+        for path in paths[job.ranks.rank :: job.ranks.size]:
             path.unlink()
+
+    each(job.ranks, remove_share)
 
 
 def _mix(job: _Job, files: TokenFiles) -> Any:

@@ -297,13 +297,12 @@ def _segments(
     found["partition"], found["language"] = partition, whole["language"]
     found["length"], found["offset"] = whole["tokens"], whole["offset"]
     pieces: list[tuple[int, int, int, int]] = []
-    for record in records[is_long]:
-        start, language = int(record["offset"]), int(record["language"])
-        of_document = np.asarray(ids[start : start + int(record["tokens"])])
-        lengths = cut(
-            tokenizer.starts_word[of_document], tokenizer.ends_sentence[of_document], seq_len
-        )
-        for length in lengths:
+    columns = [records[name][is_long].tolist() for name in ("language", "offset", "tokens")]
+    for language, start, tokens in zip(*columns, strict=True):
+        of_document = ids[start : start + tokens]
+        starts_word = tokenizer.starts_word[of_document].tobytes()
+        ends_sentence = tokenizer.ends_sentence[of_document].tobytes()
+        for length in cut(starts_word, ends_sentence, seq_len):
             pieces.append((partition, language, length, start))
             start += length
     return np.concatenate([found, np.array(pieces, dtype=SEGMENT)])
@@ -313,16 +312,15 @@ def _pack_window(
     window: npt.NDArray[np.void], files: TokenFiles, seq_len: int, tokenizer: Tokenizer
 ) -> list[list[Any]]:
     """Rows of SEGMENT fields. What is cut up to fill holes is cut between words where it can be."""
-
-    def shorten(segment: Segment, length: int) -> int:
-        record = window[segment.document]
-        start = int(record["offset"]) + segment.start
-        ids = np.asarray(files.tokens(int(record["partition"]))[start : start + length + 1])
-        return nearest_cut(tokenizer.starts_word[ids], length)
-
-    items = [Segment(i, 0, length) for i, length in enumerate(window["length"].tolist())]
     partitions, languages = window["partition"].tolist(), window["language"].tolist()
     offsets = window["offset"].tolist()
+
+    def shorten(segment: Segment, length: int) -> int:
+        start = offsets[segment.document] + segment.start
+        ids = files.tokens(partitions[segment.document])[start : start + length + 1]
+        return nearest_cut(tokenizer.starts_word[ids].tobytes(), 0, length)
+
+    items = [Segment(i, 0, length) for i, length in enumerate(window["length"].tolist())]
     return [
         [(partitions[i], languages[i], length, offsets[i] + start) for i, start, length in row]
         for row in pack(items, seq_len, shorten)

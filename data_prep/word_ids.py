@@ -20,21 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.compiled import UncompiledError, compile_library
+from data_prep.plain_chars import ALONE, NUM_CODE_POINTS, SEPARATOR, plain_chars
 
 FLAGS = "-O3 -march=native".split()
 SOURCE = Path(__file__).parent / "native" / "word_ids.c"
-SEPARATOR = "\u2ffb"  # between new words; as in native/text.h
 SPACE = "\u2581"
 NORMALIZED_CHARS = 1 << 20  # at a time: the library's normaliser takes some forty bytes for each
 LONGEST_PIECE = 0xFFFF  # bytes; as in native/unigram.h
-# Letters and digits that normalising changes, if at all, whatever letter or digit stands beside
-# them: no marks, no jamo, nothing that composes with what is before it.
-_ALONE = (
-    "0-9A-Za-z\u0410-\u044f\u05d0-\u05ea\u0621-\u063a\u0641-\u064a\u0904-\u0939\u0e01-\u0e30"
-    "\u3041-\u3094\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7a3"
-)
-BETWEEN_LETTERS = re.compile(f"(?<=[{_ALONE}])(?=[{_ALONE}])")
-NUM_CODE_POINTS = 0x110000
+BETWEEN_LETTERS = re.compile(f"(?<=[{ALONE}])(?=[{ALONE}])")
 PLANES_WITH_KINDS = 0x40000  # no code point above is a letter, a number, white space, punctuation
 OTHER, LETTER, NUMBER, WHITE = range(4)  # as in native/bpe.h
 
@@ -78,7 +71,8 @@ class WordIds:
         self._learn = library[f"{kind}_learn"]
         first = parts(content["pre_tokenizer"])[0]
         self._adds_space = first["type"] == "ByteLevel" and first["add_prefix_space"]
-        self._words = ctypes.c_void_p(library.words_new())
+        self._plain_chars = plain_chars(parts(content["normalizer"]), self._normalizer)
+        self._words = ctypes.c_void_p(library.words_new(_at(self._plain_chars)))
         weakref.finalize(self, library.words_free, self._words)
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
@@ -127,11 +121,10 @@ class WordIds:
         out = None
         self._library.words_begin(self._words)
         while self._library.words_find(self._words, joined, _at(ends), num_texts, *found):
-            if num_bytes.value:
-                new = ctypes.string_at(missing, num_bytes.value)
-                if self._normalizer is not None:
-                    new = self._normalize(new.decode())
-                self._learn(self._words, self._model, new, ctypes.c_int64(len(new)))
+            new = ctypes.string_at(missing, num_bytes.value) if num_bytes.value else b""
+            if new:
+                new = self._normalize(new.decode())
+            self._learn(self._words, self._model, new, ctypes.c_int64(len(new)))
             out = self._library.words_put(self._words, _at(lengths), ctypes.byref(used))
         if not used.value:
             return np.empty(0, np.uint32), lengths

@@ -30,8 +30,9 @@ from tokenizers import (
 )
 
 from data_prep import word_ids
+from data_prep.plain_chars import ALONE, SEPARATOR
 from data_prep.tokenizer import PROBE
-from data_prep.word_ids import SEPARATOR, SPACE, UnsupportedError, WordIds, byte_chars
+from data_prep.word_ids import SPACE, UnsupportedError, WordIds, byte_chars
 
 LANGUAGES = (
     "ar bg de el en es fa fr hi hu id it ja ko nl pl pt ro ru sv sw th tr uk ur vi zh".split()
@@ -267,7 +268,7 @@ def test_a_document_of_five_megabytes(backend_of, words, lines) -> None:
 
 
 def test_letters_are_normalised_whatever_letter_stands_beside_them(backend_of) -> None:
-    alone = re.compile(f"[{word_ids._ALONE}]")
+    alone = re.compile(f"[{ALONE}]")
     chars = [char for char in map(chr, range(0x10000)) if alone.match(char)]
     many = {char for char in chars if char >= "\u3400"}  # all alike
     chars = [char for i, char in enumerate(chars) if char not in many or not i % 40]
