@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -16,7 +15,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.command import EXIT_FAILED, EXIT_FINISHED, ConfigError, RunError, run_command
+from data_prep.command import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    ConfigError,
+    OptionParser,
+    RunError,
+    run_command,
+)
 from pipeline.checkpoint import (
     LATEST,
     STAGE_KEY,
@@ -37,7 +43,7 @@ from pipeline.engine import convert_to_universal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """List the checkpoints of a run, or do what an option says."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.checkpoints", description=__doc__)
+    parser = OptionParser(prog="python -m pipeline.checkpoints", description=__doc__)
     parser.add_argument("run", type=Path, help="output_dir of a training run")
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument(

@@ -17,7 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from data_prep.command import EXIT_FINISHED, ConfigError, run_command, skip_unreachable_hub
+from data_prep.command import (
+    EXIT_FINISHED,
+    ConfigError,
+    OptionParser,
+    run_command,
+    skip_unreachable_hub,
+)
 from data_prep.durable import write_durably
 from pipeline.topology import launched_rank, take_rank
 
@@ -78,8 +84,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ConfigError: one is missing, or is not what it has to be.
     """
-    parser = _Parser(prog="python -m pipeline.evaluate", description=__doc__, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = OptionParser(
+        prog="python -m pipeline.evaluate",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--model", help="hub id or folder of the encoder")
     add("--tasks", "--task", type=_words, default=(), help="names, and .yaml files, with commas")
@@ -317,13 +327,6 @@ def list_tasks(data_dir: Path | None) -> None:
     for task in TASKS.values():
         state = "" if not data_dir else lacks[task.name] or "all there"
         print(f"{task.name:<13} {task.kind:<15} {', '.join(task.measured):<32} {state}".rstrip())
-
-
-class _Parser(argparse.ArgumentParser):
-    """Refuses in one line, as all commands here do."""
-
-    def error(self, message: str) -> Any:
-        raise ConfigError(f"{message}; see --help")
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -332,12 +332,13 @@ class TeacherModel:
         return {target: of_text(outputs, batch.num_tokens) for target, outputs in found.items()}
 
 
-def read_config(key: str, source: str) -> Any:
+def read_config(key: str, source: str, *, with_weights: bool = True) -> Any:
     """The transformers configuration of a hub id or folder.
 
     Args:
         key: recipe key that names it, for the message.
         source: hub id or folder.
+        with_weights: a folder has to have weights too, which will be read later.
 
     Raises:
         ConfigError: nothing is there, or its architecture is not known here.
@@ -371,7 +372,7 @@ def read_config(key: str, source: str) -> Any:
                 f"{key}={source!r} has {name}={value} in its config.json, which is no model; name "
                 "another folder, or mend it"
             )
-    if path.is_dir() and not any(path.glob("*.safetensors")):
+    if with_weights and path.is_dir() and not any(path.glob("*.safetensors")):
         raise ConfigError(
             f"{key}={source!r} has no *.safetensors, the only weights that are read (others can "
             "hold programs); convert them with transformers' save_pretrained"

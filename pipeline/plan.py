@@ -24,7 +24,13 @@ from typing import Any
 
 import psutil
 
-from data_prep.command import EXIT_FINISHED, ConfigError, run_command, skip_unreachable_hub
+from data_prep.command import (
+    EXIT_FINISHED,
+    ConfigError,
+    OptionParser,
+    run_command,
+    skip_unreachable_hub,
+)
 from pipeline.config import (
     DEFAULT_DS_CONFIG,
     Recipe,
@@ -119,7 +125,8 @@ class Planner:
         from pipeline.objectives import build_objective
 
         self.recipe = recipes[0]
-        of_teacher = read_config("teacher.model", self.recipe.teacher.model)
+        source = self.recipe.teacher.model
+        of_teacher = read_config("teacher.model", source, with_weights=False)
         self.students: list[Trained] = []
         for recipe in recipes:
             config = student_config(recipe.student, of_teacher)
@@ -310,8 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_FINISHED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OptionParser:
+    parser = OptionParser(
         prog="python -m pipeline.plan",
         description="Predict a run's memory, time, disk and cost. Other arguments are train.py's: "
         f"--deepspeed (default {DEFAULT_DS_CONFIG.name}), and --KEY VALUE of the recipe.",

@@ -8,7 +8,6 @@ after two minutes.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -35,6 +34,7 @@ from data_prep.command import (
     EXIT_FAILED,
     EXIT_FINISHED,
     ElsewhereError,
+    OptionParser,
     RunError,
     one_line,
     run_command,
@@ -611,7 +611,7 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Look at the nodes that the launcher started this on. See the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m pipeline.preflight",
         epilog="All other arguments are those of pipeline/train.py.",
         allow_abbrev=False,
