@@ -1,10 +1,10 @@
-# make setup | demo | test | lint. Nothing else is needed; see README.md.
+# make setup | demo | test | lint | soak | audit. Nothing else is needed; see README.md.
 PYTHON ?= python3
 BIN := .venv/bin
 TEACHER ?= models/pocket-teacher
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test lint soak audit clean
 
 setup: .venv/ready
 
@@ -31,5 +31,17 @@ lint: setup
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
+# In an environment of its own, since it brings dependencies that are not ours.
+audit:
+	@test -x .audit/bin/pip-audit || { $(PYTHON) -m venv .audit && \
+	  .audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit==2.10.1; }
+	@.audit/bin/pip-audit --strict --requirement requirements.txt --no-deps --disable-pip
+
+# An hour: a hundred kills of a training, and of a preparation, and damage of every kind.
+soak: setup
+	@$(BIN)/python -m tests.soak.kills --kills 100
+	@$(BIN)/python -m tests.soak.preparation --kills 100
+	@$(BIN)/python -m tests.soak.corruptions --number 100
+
 clean:
-	rm -rf runs .venv *.egg-info
+	rm -rf runs .venv .audit *.egg-info

@@ -130,27 +130,6 @@ def _status_bytes(key: str) -> int:
     return 1024 * int(re.findall(rf"{key}:\s*(\d+) kB", status)[0])
 
 
-def matmul_peak(dtype: torch.dtype, *, size: int | None = None, seconds: float = 2.0) -> float:
-    """The FLOP/s that a plain square matmul reaches here: the median of repeated calls.
-
-    Args:
-        dtype: of both factors.
-        size: rows and columns; None is what fills the device (8192 on a GPU, 1024 on a CPU, whose
-            caches larger ones leave).
-        seconds: to spend.
-    """
-    on = device()
-    n = size or (8192 if on.type == "cuda" else 1024)
-    left, right = (torch.randn(n, n, device=on).to(dtype) for _ in range(2))
-    times, stop = [], time.perf_counter() + seconds
-    while time.perf_counter() < stop:
-        started = time.perf_counter()
-        left @ right
-        synchronize()
-        times.append(time.perf_counter() - started)
-    return 2 * n**3 / statistics.median(times)
-
-
 def report(
     name: str,
     rows: Sequence[Mapping[str, Any]],

@@ -25,7 +25,6 @@ import torch
 from benchmarks.harness import (
     arguments,
     interleaved,
-    matmul_peak,
     report,
     set_threads,
     synchronize,
@@ -42,6 +41,7 @@ from benchmarks.workload import (
     step_flops,
     training_batches,
 )
+from pipeline.hardware import matmul_peak
 from pipeline.loop import train_step
 from pipeline.run import Run
 from pipeline.schedule import learning_rate

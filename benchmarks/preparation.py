@@ -1,13 +1,17 @@
 """CPU seconds of a whole preparation, against those of `tokenizers` on the same text alone.
 
     python benchmarks/preparation.py [--corpus ../shared/data/corpus] [--megabytes 100]
-        [--large 2000] [--repeats 3] [--tokenizer models/pocket-teacher] [--json]
+        [--parallel 400] [--large 2000] [--repeats 3] [--tokenizer models/pocket-teacher] [--json]
 
 The corpus is made of the documents of a folder of LANG.jsonl.gz, the same bytes of text in each
 language, repeated where they do not suffice. Each has its file and a number in front, so that none
 is a duplicate; what is repeated is yet kinder to a cache of words than new text is. It is prepared
-into rows of 512 tokens that hold all of it once: by one process on one core, and by `mpirun -n 2`
-on two. Every measurement is a process of its own, all in turn.
+into rows of 512 tokens that hold all of it once, by one process on one core. Every measurement is a
+process of its own, all in turn.
+
+What ranks bring is measured on a corpus of `--parallel` MB, large enough that start-up, which every
+rank has, is not most of it: `mpirun -n 1` against `mpirun -n 2`, in wall seconds, neither tied to
+cores.
 
 `tokenizers` is its encode_batch_fast, and `Tokenizer.encode` what preparation calls, each on all
 the texts with one thread, without start-up and reading. Start-up is the preparation of a few
@@ -48,9 +52,8 @@ BATCH_BYTES = 4 << 20  # as the second stage of preparation tokenises
 RANKS = 2
 TINY = 0.02  # MB, of the corpus whose preparation is start-up
 ENCODERS = ("tokenizers", "Tokenizer.encode")
-TINY_CASE, WHOLE, PARALLEL, LARGE = (
-    "start-up", "preparation", f"preparation, {RANKS} ranks", "preparation, large"
-)  # fmt: skip
+TINY_CASE, WHOLE, LARGE = "start-up", "preparation", "preparation, large"
+ALONE, PARALLEL = "preparation, 1 rank", f"preparation, {RANKS} ranks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,30 +77,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default=str(REPOSITORY / "models" / "pocket-teacher"))
     parser.add_argument("--corpus", default=str(REPOSITORY.parent / "shared" / "data" / "corpus"))
     parser.add_argument("--megabytes", type=float, default=100)
+    parser.add_argument("--parallel", type=float, default=400, help="MB of the corpus for ranks")
     parser.add_argument("--large", type=float, default=0, help="MB of the larger corpus; 0 is none")
     parser.add_argument("--repeats", type=int, default=3, help="of all but the larger corpus")
     options = parser.parse_args(argv)
     set_threads(1)
     core = min(os.sched_getaffinity(0))
+    if len(os.sched_getaffinity(0)) < RANKS:
+        options.parallel = 0  # ranks would take turns
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         megabytes = {
             case: synthesise(Path(options.corpus), folder / case, size)
             for case, size in ((TINY_CASE, TINY), (WHOLE, options.megabytes),
-                               (LARGE, options.large)) if size
+                               (ALONE, options.parallel), (LARGE, options.large)) if size
         }  # fmt: skip
-        megabytes |= dict.fromkeys((*ENCODERS, PARALLEL), megabytes[WHOLE])
+        megabytes |= dict.fromkeys(ENCODERS, megabytes[WHOLE])
+        if options.parallel:
+            megabytes[PARALLEL] = megabytes[ALONE]
         recipes = {case: write_recipe(folder, case, options.tokenizer) for case in megabytes}
-        launcher = [str(Path(sys.executable).parent / "mpirun"), "-n", str(RANKS)]
+        launcher = [str(Path(sys.executable).parent / "mpirun"), "-n"]
         cases: dict[str, Callable[[], Spent]] = {
             TINY_CASE: lambda: prepare(recipes[TINY_CASE], core),
             ENCODERS[0]: lambda: alone(encode, folder / WHOLE, options.tokenizer, False),
             ENCODERS[1]: lambda: alone(encode, folder / WHOLE, options.tokenizer, True),
             WHOLE: lambda: prepare(recipes[WHOLE], core),
-            PARALLEL: lambda: prepare(recipes[PARALLEL], None, launcher),
         }
-        if len(os.sched_getaffinity(0)) < RANKS:
-            del cases[PARALLEL]
+        if options.parallel:
+            cases[ALONE] = lambda: prepare(recipes[ALONE], None, [*launcher, "1"])
+            cases[PARALLEL] = lambda: prepare(recipes[PARALLEL], None, [*launcher, str(RANKS)])
         runs: dict[str, list[Spent]] = {case: [] for case in cases}
         for _ in range(options.repeats):
             for case, measure in cases.items():
@@ -119,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "fill of rows": sum(manifest.tokens.values()) / (manifest.rows * manifest.seq_len),
     }
     if PARALLEL in spent:
-        ratios[f"wall seconds of 1 rank / {RANKS} ranks"] = spent[WHOLE].wall / spent[PARALLEL].wall
+        ratios[f"wall seconds of 1 rank / {RANKS} ranks"] = spent[ALONE].wall / spent[PARALLEL].wall
     if LARGE in spent:
         ratios["peak memory, large / not"] = spent[LARGE].peak / spent[WHOLE].peak
     main_ratio = "tokenizers / preparation"
@@ -180,8 +188,8 @@ def synthesise(corpus: Path, folder: Path, megabytes: float) -> float:
 
 
 def write_recipe(folder: Path, case: str, tokenizer: str) -> Path:
-    """The recipe of a case; the two that share a corpus have folders of their own."""
-    corpus = folder / (case if (folder / case).exists() else WHOLE)
+    """The recipe of a case; those that share a corpus have folders of their own."""
+    corpus = folder / (ALONE if case == PARALLEL else case if (folder / case).exists() else WHOLE)
     prep = {
         "input": [f"{corpus}/*.jsonl"],
         "output_dir": f"{folder}/shards of {case}",

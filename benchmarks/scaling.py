@@ -47,6 +47,7 @@ from benchmarks.workload import (
     training_batches,
 )
 from pipeline.config import ROOT
+from pipeline.hardware import Network
 from pipeline.loop import train_step
 
 GPUS = (8, 16, 32, 128, 512)
@@ -80,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for ranks, speed in measured.items()
     ]
     network = Network(
-        gpus_per_node=options.gpus_per_node,
-        gpu_bytes=1e9 * options.gpu_gbytes,
+        ranks_per_node=options.gpus_per_node,
+        rank_bytes=1e9 * options.gpu_gbytes,
         node_bytes=1e9 * options.node_gbytes,
         overlap=options.overlap,
     )
@@ -174,32 +175,6 @@ def run_rank(options: argparse.Namespace) -> None:
         (options.rank_of / f"speed-{ranks}.json").write_text(json.dumps(speed), "utf-8")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Network:
-    """What GPUs are connected by.
-
-    Args:
-        gpus_per_node: GPUs of a node.
-        gpu_bytes: a second, of one GPU's links within its node.
-        node_bytes: a second, of a whole node's network.
-        overlap: share of a gradient all-reduce that hides behind the backward pass.
-    """
-
-    gpus_per_node: int
-    gpu_bytes: float
-    node_bytes: float
-    overlap: float
-
-    def all_gather_seconds(self, gpus: int, num_bytes: float) -> float:
-        """In a ring."""
-        bandwidth = self.gpu_bytes if gpus <= self.gpus_per_node else self.node_bytes
-        return (gpus - 1) / gpus * num_bytes / bandwidth
-
-    def all_reduce_seconds(self, gpus: int, num_bytes: float) -> float:
-        """In a ring: a reduce-scatter and an all-gather."""
-        return 2 * self.all_gather_seconds(gpus, num_bytes)
-
-
 def projection(
     network: Network, tokens: int, micro_batches: int, flops: float
 ) -> list[dict[str, str | float]]:
@@ -207,12 +182,19 @@ def projection(
     parameters, words = student_parameters(LARGE)
     compute = tokens * flops_per_token(LARGE) / flops
     rows: list[dict[str, str | float]] = []
-    for stage, reduced in ((1, parameters), (2, words + micro_batches * (parameters - words))):
+    for stage in (1, 2):
         for dtype, size in COMMUNICATION.items():
             for gpus in GPUS:
-                reduce = network.all_reduce_seconds(gpus, reduced * size)
-                gather = network.all_gather_seconds(gpus, parameters * WEIGHT_BYTES)
-                step = compute + (1 - network.overlap) * reduce + gather
+                reduce, gather = network.step_seconds(
+                    gpus,
+                    stage=stage,
+                    parameters=parameters,
+                    words=words,
+                    micro_batches=micro_batches,
+                    gradient_bytes=size,
+                    weight_bytes=WEIGHT_BYTES,
+                )
+                step = compute + reduce + gather
                 rows.append(
                     {
                         "ZeRO stage": stage,

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.harness import arguments, device, interleaved, matmul_peak, report, set_threads
+from benchmarks.harness import arguments, device, interleaved, report, set_threads
 from benchmarks.padded import PaddedLoop
 from benchmarks.workload import (
     SHAPES,
@@ -39,6 +39,7 @@ from benchmarks.workload import (
     training_batches,
 )
 from pipeline.engine import Engine
+from pipeline.hardware import matmul_peak
 from pipeline.loader import Batch
 from pipeline.loop import train_step
 from pipeline.models import (

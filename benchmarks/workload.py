@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from transformers import XLMRobertaConfig, XLMRobertaModel
 
 from data_prep.pack import best_fit
+from pipeline import flops
 from pipeline.assignment import DataOrder
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.config import (
@@ -33,9 +35,18 @@ from pipeline.config import (
     read_ds_config,
 )
 from pipeline.engine import Engine, init_distributed, merge_ds_config
+from pipeline.flops import Size, relation_flops, size_of
 from pipeline.loader import Batch
-from pipeline.models import CutEncoder, build_student, load_teacher, read_config, student_config
-from pipeline.objectives import build_objective
+from pipeline.models import (
+    CutEncoder,
+    build_student,
+    cut_config,
+    load_teacher,
+    meta_encoder,
+    read_config,
+    student_config,
+)
+from pipeline.objectives import QKV, build_objective
 from pipeline.run import Run
 from pipeline.stopping import StopRequest
 from pipeline.topology import Topology
@@ -245,74 +256,49 @@ def make_run(recipe: Recipe, batches: list[Batch], ds_config: Path = DEFAULT_DS_
         heldout={},
         objective=objective,
         teacher=teacher,
+        teacher_weights=teacher.replicas,
         engine=engine,
         checkpoints=Checkpoints(Path(recipe.output_dir), topology, keep=1),
         metrics=None,
         row_log=None,
         state=State(step=0, tokens=0, world_size=topology.world_size, identity={}),
         bar=tqdm(disable=True),
+        hosts=["this one"] * topology.world_size,
     )
 
 
-def linear_flops(shape: Shape) -> tuple[float, float]:
-    """Matmul FLOPs a token of the teacher's forward and of the student's forward and backward.
-
-    Of the cut models: whole layers below the last one, of that one the three projections. A
-    multiplication and an addition count as two; the student's backward counts twice its forward.
-    """
-
-    def forward(layers: int, width: int) -> float:
-        return 2.0 * ((layers - 1) * 12 * width**2 + 3 * width**2)
-
-    teacher = forward(shape.teacher_layer, shape.teacher_width)
-    return teacher, 3 * forward(shape.student_layers, shape.student_width)
-
-
-def attention_flops(shape: Shape, lengths: Sequence[int]) -> float:
-    """Matmul FLOPs of scores and weighted sums of both models' attention, for these segments."""
-    squares = float(np.square(np.asarray(lengths, dtype=np.float64)).sum())
-    teacher = (shape.teacher_layer - 1) * shape.teacher_width
-    student = 3 * (shape.student_layers - 1) * shape.student_width
-    return 4 * squares * (teacher + student)
-
-
-def relation_flops(shape: Shape, lengths: Sequence[int]) -> float:
-    """Matmul FLOPs of the three relations: scores of both models, and the student's gradient."""
-    squares = float(np.square(np.asarray(lengths, dtype=np.float64)).sum())
-    return 3 * 2 * squares * (shape.teacher_width + 3 * shape.student_width)
+@functools.cache
+def sizes(shape: Shape) -> tuple[Size, Size]:
+    """Of the cut teacher and the cut student."""
+    recipe = make_recipe(shape, Path(), batches=1, rows_per_batch=1)
+    of_teacher = teacher_config(shape)
+    student = meta_encoder(student_config(recipe.student, of_teacher), QKV)
+    return size_of(meta_encoder(cut_config(of_teacher, shape.teacher_layer), QKV)), size_of(student)
 
 
 def part_flops(shape: Shape, lengths: Sequence[int]) -> dict[str, float]:
     """Matmul FLOPs of a step over these segments, by part; the optimizer multiplies nothing."""
-    num_tokens = sum(lengths)
-    teacher, student = (num_tokens * flops for flops in linear_flops(shape))
-    attention = attention_flops(shape, lengths)
-    without_student = dataclasses.replace(shape, student_layers=1)  # whose one layer is cut
-    teacher_attention = attention_flops(without_student, lengths)
-    student += attention - teacher_attention
+    teacher, student = sizes(shape)
+    forward = student.forward_flops(lengths)
     return {
-        "teacher forward": teacher + teacher_attention,
-        "student forward": student / 3,
-        "loss": relation_flops(shape, lengths),
-        "backward": 2 * student / 3,
+        "teacher forward": teacher.forward_flops(lengths),
+        "student forward": forward,
+        "loss": relation_flops(teacher, student, lengths),
+        "backward": 2 * forward,
         "optimizer step": 0.0,
     }
 
 
 def student_parameters(shape: Shape) -> tuple[int, int]:
     """Parameters of the cut student, all and those of its word embeddings alone."""
-    recipe = make_recipe(shape, Path(), batches=1, rows_per_batch=1)
-    config = student_config(recipe.student, teacher_config(shape))
-    with torch.device("meta"):
-        student = CutEncoder(XLMRobertaModel(config))
-    count = sum(parameter.numel() for parameter in student.parameters())
-    return count, shape.vocab_size * shape.student_width
+    _, student = sizes(shape)
+    return student.parameters, student.words
 
 
 def step_flops(shape: Shape, lengths: Sequence[int]) -> float:
     """Matmul FLOPs that the cut models alone need for a step; what the loss needs is left out."""
-    teacher, student = linear_flops(shape)
-    return (teacher + student) * sum(lengths) + attention_flops(shape, lengths)
+    teacher, student = sizes(shape)
+    return flops.step_flops(teacher, [student], lengths)
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:

@@ -41,15 +41,25 @@ from data_prep.container import Container, write_container
 from data_prep.durable import write_durably
 from data_prep.estimate import check_disk, estimate_table
 from data_prep.generations import Base, carry_rows, finish_index, known_documents, load_base
-from data_prep.mixing import Dose, doses, mix_table, quotas
+from data_prep.mixing import Dose, check_mix, doses, mix_table, pool_quotas
 from data_prep.overlap import find_files
 from data_prep.plan import Groups, block_slices, heldout_path, plan_group, rows_path, take_heldout
 from data_prep.ranks import Ranks, connect, each, launched_rank, on_rank_0
 from data_prep.shards import FORMAT_VERSION, Manifest, Shard, describe_tar, publish, write_tar
 from data_prep.sharing import share
 from data_prep.similar import load_rensa
-from data_prep.sources import Source, Unit, find_sources, split
-from data_prep.spill import Counts, Spills, spill, spill_path
+from data_prep.sources import Source, Unit, find_sources, reading_digest, split, with_pools
+from data_prep.spill import (
+    FEW_SPILLS,
+    MERGED_BYTES,
+    Counts,
+    Spills,
+    merge_groups,
+    merge_spills,
+    merged_path,
+    spill,
+    spill_path,
+)
 from data_prep.summary import heldout_warning, report_losses, summary_table
 from data_prep.tokenizer import Tokenizer
 from data_prep.tokens import Removals, TokenFiles, tokenise, tokens_path
@@ -77,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("RAYON_NUM_THREADS", str(_threads_per_rank(ranks)))
     try:
         if options.dry_run:
-            on_rank_0(ranks, lambda: print(_dry_run(recipe)))
+            on_rank_0(ranks, lambda: print(_dry_run(recipe, append=options.append)))
         else:
             build(recipe, ranks, append=options.append)
     except (ConfigError, RunError, ElsewhereError):
@@ -132,6 +142,11 @@ class _Job:
         return self.base.manifest.generation + 1 if self.base else 1
 
     @property
+    def earlier(self) -> set[str]:
+        """Languages of the generations that are added to."""
+        return set(self.base.manifest.accounting) if self.base else set()
+
+    @property
     def text_bytes(self) -> int:
         """About how much text there is."""
         return sum(s.bytes * (EXPANSION if s.compression else 1) for s in self.sources)
@@ -184,12 +199,11 @@ def build(recipe: PrepRecipe, ranks: Ranks, *, append: bool = False) -> None:
     """
     started = time.monotonic()
     folder = Path(str(recipe.prep.output_dir))
-    sources = on_rank_0(ranks, lambda: find_sources(recipe.prep.input))
+    sources = on_rank_0(ranks, lambda: _sources(recipe))
     tokenizer = each(ranks, lambda: Tokenizer(recipe.tokenizer))
     _check_same_tokenizer(recipe, tokenizer, ranks)
     base = on_rank_0(ranks, lambda: load_base(folder, recipe, tokenizer)) if append else None
-    if base is not None:
-        sources = [source for source in sources if source.digest not in base.manifest.sources]
+    sources = _new(sources, recipe, base)
     settings = on_rank_0(ranks, lambda: _settings_digest(recipe, sources, tokenizer, base))
 
     def is_finished() -> bool:
@@ -210,9 +224,22 @@ def build(recipe: PrepRecipe, ranks: Ranks, *, append: bool = False) -> None:
         on_rank_0(ranks, lambda: close_work(folder))
 
 
-def _dry_run(recipe: PrepRecipe) -> str:
-    sources = find_sources(recipe.prep.input)
-    return estimate_table(sources, recipe.prep, Tokenizer(recipe.tokenizer), recipe.seed)
+def _sources(recipe: PrepRecipe) -> list[Source]:
+    return with_pools(find_sources(recipe.prep.input), recipe.prep)
+
+
+def _new(sources: list[Source], recipe: PrepRecipe, base: Base | None) -> list[Source]:
+    """Those that no earlier generation read as they would be read now."""
+    read = base.manifest.sources if base else {}
+    return [source for source in sources if reading_digest(source, recipe.prep) not in read]
+
+
+def _dry_run(recipe: PrepRecipe, *, append: bool) -> str:
+    tokenizer = Tokenizer(recipe.tokenizer)
+    base = load_base(Path(str(recipe.prep.output_dir)), recipe, tokenizer) if append else None
+    sources = _new(_sources(recipe), recipe, base)
+    earlier = base.manifest.accounting if base else {}
+    return estimate_table(sources, recipe.prep, tokenizer, recipe.seed, earlier=earlier)
 
 
 def _check_same_tokenizer(recipe: PrepRecipe, tokenizer: Tokenizer, ranks: Ranks) -> None:
@@ -228,7 +255,7 @@ def _settings_digest(
 ) -> str:
     """Names the work: a restart goes on with an equal digest."""
     prep = dataclasses.asdict(recipe.prep)
-    for key in ("input", "output_dir", "tokenizer", "on_error", "exclude"):
+    for key in ("input", "output_dir", "tokenizer", "on_error", "exclude", "source_weights"):
         del prep[key]
     excluded = [hashlib.sha256(p.read_bytes()).hexdigest() for p in find_files(recipe.prep.exclude)]
     named = {
@@ -240,17 +267,22 @@ def _settings_digest(
         "exclude": sorted(excluded),
         "base": base and base.digest,
     }
+    if recipe.prep.source_weights:
+        pools = [(pool.weight, place) for place, pool in enumerate(recipe.prep.pools)]
+        named["source_weights"] = sorted(
+            (source.name, source.digest, *pools[source.pool]) for source in sources
+        )
     return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()
 
 
 def _prepare(job: _Job) -> Callable[[], Manifest]:
     """The stages. Returns what makes the manifest, once they are all done."""
-    on_rank_0(job.ranks, lambda: _announce(job))
     units: list[Unit] = on_rank_0(job.ranks, job.units)
+    on_rank_0(job.ranks, lambda: _announce(job, len(units)))
     read = _read(job, units)
     before = set(job.base.manifest.tokens) if job.base else set()
     languages = [*read["languages"], *sorted(before - set(read["languages"]))]
-    _tokenise(job, len(units))
+    _tokenise(job, _merge(job, read["spilled"]))
     paths = [tokens_path(job.work, partition) for partition in range(job.num_partitions)]
     files = each(job.ranks, lambda: TokenFiles(paths, languages))
     mix = _mix(job, files)
@@ -273,11 +305,14 @@ def _prepare(job: _Job) -> Callable[[], Manifest]:
     return make_manifest
 
 
-def _announce(job: _Job) -> None:
+def _announce(job: _Job, num_units: int) -> None:
     """Before the long work starts: is there room, and what will there be of each language?"""
-    check_disk(job.folder, job.text_bytes, job.tokenizer)
+    merged = MERGED_BYTES * job.ranks.size if num_units > FEW_SPILLS else 0
+    check_disk(job.folder, job.text_bytes, job.tokenizer, merged)
     if job.text_bytes >= ANNOUNCED_BYTES and not (job.work / "read.done").exists():
-        text = estimate_table(job.sources, job.prep, job.tokenizer, job.recipe.seed, samples=4)
+        text = estimate_table(
+            job.sources, job.prep, job.tokenizer, job.recipe.seed, samples=4, earlier=job.earlier
+        )
         print(text, flush=True)
 
 
@@ -290,23 +325,44 @@ def _read(job: _Job, units: Sequence[Unit]) -> Any:
         spill(units[index], path, job.prep, cleaner, job.num_partitions, job.recipe.seed)
 
     def summarise() -> Any:
-        spills = Spills(job.work, len(units), job.prep)
+        paths = [spill_path(job.work, index) for index in range(len(units))]
+        spills = Spills(paths, job.prep)
         faults = [dataclasses.astuple(fault) for fault in spills.faults]
         return {
             "counts": spills.counts.to_json(),
             "languages": spills.languages,
             "faults": faults,
+            "spilled": [path.stat().st_size for path in paths],
             "excluded_by": spills.excluded_by,
         }
 
     return job.stage("read", [unit.bytes for unit in units], read, summarise)
 
 
-def _tokenise(job: _Job, num_units: int) -> None:
+def _merge(job: _Job, sizes: Sequence[int]) -> list[Path]:
+    """Merge spills where there are many; gives the files that tokenising reads."""
+    units = [spill_path(job.work, index) for index in range(len(sizes))]
+    groups = merge_groups(sizes)
+    merged = [
+        merged_path(job.work, number) if len(group) > 1 else units[group.start]
+        for number, group in enumerate(groups)
+    ]
+
+    def merge(number: int) -> None:
+        group = groups[number]
+        if len(group) > 1:
+            merge_spills(units[group.start : group.stop], merged[number], job.prep)
+
+    if len(groups) < len(units):
+        job.stage("merge", [sum(sizes[unit] for unit in group) for group in groups], merge)
+    return merged
+
+
+def _tokenise(job: _Job, paths: Sequence[Path]) -> None:
     """Drop duplicates and tokenise the rest, then remove the spills."""
     number = job.num_partitions
     if not on_rank_0(job.ranks, (job.work / "tokenise.done").exists):
-        spills = each(job.ranks, lambda: Spills(job.work, num_units, job.prep))
+        spills = each(job.ranks, lambda: Spills(paths, job.prep))
 
         def for_each_partition(name: str, work: Callable[[int], None]) -> None:
             job.stage(name, [1] * number, work)
@@ -327,13 +383,20 @@ def _tokenise(job: _Job, num_units: int) -> None:
             tokenise(spills, partition, path, job.prep, job.tokenizer, removals)
 
         for_each_partition("tokenise", tokenise_partition)
-    on_rank_0(job.ranks, lambda: _remove(job.work, "read-*[0-9]", "similar-*", "lines-*"))
+    _remove(job, "read-*[0-9]", "similar-*", "lines-*")
 
 
-def _remove(folder: Path, *patterns: str) -> None:
-    for pattern in patterns:
-        for path in folder.glob(pattern):
+def _remove(job: _Job, *patterns: str) -> None:
+    """Remove working files, each rank some, as much of a file takes a file system its time."""
+    paths: list[Path] = on_rank_0(
+        job.ranks, lambda: [path for pattern in patterns for path in job.work.glob(pattern)]
+    )
+
+    def remove_share() -> None:
+        for path in paths[job.ranks.rank :: job.ranks.size]:
             path.unlink()
+
+    each(job.ranks, remove_share)
 
 
 def _mix(job: _Job, files: TokenFiles) -> Any:
@@ -350,29 +413,26 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
         draws = files.draws()
         for language, of_heldout in held.draws.items():
             draws[language] -= of_heldout
-        tokens = {name: int(of_draw.sum()) for name, of_draw in draws.items() if of_draw.any()}
+        draws = {name: of_pools for name, of_pools in draws.items() if of_pools.any()}
+        tokens = {name: of_pools.sum(1) for name, of_pools in draws.items()}
         if not tokens:
             raise ConfigError(
                 f"prep.input holds no text that could be trained on ({sum(there.values())} "
                 f"documents with text under prep.text_key={job.prep.text_key!r}); correct the key "
                 "or the globs"
             )
-        taken = quotas(tokens, job.prep)
-        if not any(taken.values()):
-            raise ConfigError(
-                f"prep.weights is 0 for all languages that there is text of ({', '.join(tokens)}), "
-                "so nothing would be trained on; give one of them more"
-            )
+        check_mix(tokens, job.prep, job.earlier)
+        taken = pool_quotas(tokens, job.prep)
         print(mix_table(tokens, job.prep, None), flush=True)
         return {
             "counts": held.counts.to_json(),
             "heldout_rows": {language: len(rows) for language, rows in held.rows.items()},
             "until": held.until,
             "doses": {
-                language: dataclasses.astuple(dose)
-                for language, dose in doses({n: draws[n] for n in tokens}, job.prep).items()
+                language: [dataclasses.astuple(dose) for dose in of_pools]
+                for language, of_pools in doses(draws, job.prep).items()
             },
-            "tokens": sum(taken.values()),
+            "tokens": int(sum(of_pools.sum() for of_pools in taken.values())),
         }
 
     return job.stage("mix", [], lambda _: None, decide)
@@ -381,7 +441,9 @@ def _mix(job: _Job, files: TokenFiles) -> Any:
 def _pack(job: _Job, files: TokenFiles, groups: Groups, mix: Any) -> list[Any]:
     """Pack every group's documents into rows; gives what was counted, group by group."""
     until = {language: tuple(key) for language, key in mix["until"].items()}
-    of_language = {language: Dose(*dose) for language, dose in mix["doses"].items()}
+    of_language = {
+        language: [Dose(*dose) for dose in of_pools] for language, of_pools in mix["doses"].items()
+    }
 
     def pack_group(group: int) -> None:
         path = rows_path(job.work, group)
@@ -486,7 +548,10 @@ def _manifest(job: _Job, parts: list[Any], shards: list[Shard]) -> Manifest:
         tokens=dict(tokens),
         segment_lengths={language: dict(counts) for language, counts in lengths.items()},
         accounting=accounting,
-        sources={**(before.sources if before else {}), **{s.digest: s.name for s in job.sources}},
+        sources={
+            **(before.sources if before else {}),
+            **{reading_digest(source, job.prep): source.name for source in job.sources},
+        },
         shards=(*train, *heldout),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from data_prep.ranks import Ranks, each, on_rank_0
 from data_prep.shards import MANIFEST, ShardReader, manifests
 
 WORK = ".work"  # holds what a restart goes on from; there as long as the preparation is unfinished
+WORK_FORMAT = 2  # of the files in there: what another release left is not gone on from
 _LOCK = ".lock"
 
 
@@ -81,14 +82,16 @@ def _make(folder: Path) -> None:
 def open_work(folder: Path, settings: str) -> None:
     """Make the work folder, or go on in the one that an unfinished preparation left.
 
-    Unfinished work of other settings is removed; files that no preparation began are not.
+    Unfinished work of other settings or releases is removed; files that no preparation began are
+    not.
 
     Raises:
         ConfigError: there are tars in the folder, but no unfinished preparation.
     """
     work = folder / WORK
     mark = work / "settings"
-    if mark.exists() and mark.read_text() == settings:
+    named = f"{settings} {WORK_FORMAT}"
+    if mark.exists() and mark.read_text() == named:
         return
     finished = {shard.name for manifest in manifests(folder) for shard in manifest.shards}
     tars = sorted(itertools.chain(folder.glob("*.tar"), folder.glob("*.tar.partial")))
@@ -104,7 +107,7 @@ def open_work(folder: Path, settings: str) -> None:
     if work.exists():  # last, because it says that the tars were ours
         shutil.rmtree(work)
     work.mkdir()
-    mark.write_text(settings)
+    mark.write_text(named)
 
 
 def close_work(folder: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import itertools
+import math
 import os
 import re
 import socket
 import sys
 import traceback
+import typing
 import urllib.parse
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -21,6 +24,9 @@ EXIT_FINISHED = 0
 EXIT_FAILED = 1
 EXIT_BAD_CONFIG = 2
 EXIT_STOPPED = 85  # stopped on request, a checkpoint is saved: a scheduler should requeue
+LIKE = 0.7  # share of letters in common from which an unknown key is taken for a misspelt one
+SHORTEST_SECRET = 8  # characters of a variable's value; a shorter one may be any word
+MAX_VALUES = 100_000  # in a recipe, beyond which its aliases are taken for a mistake
 
 
 class ConfigError(ValueError):
@@ -37,6 +43,14 @@ class ElsewhereError(RuntimeError):
     def __init__(self, status: int) -> None:
         super().__init__(f"another rank failed with status {status}")
         self.status = status
+
+
+class OptionParser(argparse.ArgumentParser):
+    """The options of a command that reads no recipe; what is wrong with them is a ConfigError."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse in one line, in place of the usage and an exit."""
+        raise ConfigError(f"{message}; `{self.prog} --help` lists what there is")
 
 
 def run_command(
@@ -58,10 +72,10 @@ def run_command(
     except ConfigError as error:
         status = EXIT_BAD_CONFIG
         if rank == 0:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"error: {masked(one_line(error))}", file=sys.stderr)
     except RunError as error:
         status = EXIT_FAILED
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {masked(one_line(error))}", file=sys.stderr)
     except ElsewhereError as error:
         status = error.status
     except KeyboardInterrupt:
@@ -87,13 +101,28 @@ def print_traceback() -> None:
     Line by line, a launcher that ends the ranks at the first sign of trouble may pass on the first
     line alone.
     """
-    sys.stderr.write(traceback.format_exc())
+    sys.stderr.write(masked(traceback.format_exc()))
     sys.stderr.flush()
 
 
 def one_line(error: object) -> str:
     """The message with its line breaks folded, so that it stays one line of a log."""
     return re.sub(r"\s*\n\s*", " ", str(error)).strip()
+
+
+def masked(text: str) -> str:
+    """The text without the secrets that this project meets: for logs, and files that are shared.
+
+    These are passwords in URLs, queries of web addresses (in which signatures and tokens stand),
+    and the values of environment variables whose names say that they are secret.
+    """
+    text = re.sub(r"(https?://)[^\s/@'\"]+@", r"\1***@", text)
+    text = re.sub(r"(\w://)[^\s/@'\":]*:[^\s/@'\"]+@", r"\1***@", text)
+    text = re.sub(r"(https?://[^\s?'\"<>]+\?)[^\s'\"<>]+", r"\1***", text)
+    for name, value in os.environ.items():
+        if re.search("TOKEN|SECRET|PASSWORD|ACCESS_KEY", name) and len(value) >= SHORTEST_SECRET:
+            text = text.replace(value, "***")
+    return text
 
 
 def skip_unreachable_hub(*sources: str | None) -> None:
@@ -173,17 +202,51 @@ def _config_paths(arguments: Sequence[str]) -> list[str]:
     return named + [b for a, b in itertools.pairwise(arguments) if a == "--config"]
 
 
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses a key written twice, of which the last would silently win."""
+    """Safe YAML that refuses what has another meaning, or none, once it is written out.
+
+    Of a key written twice the last one would silently win; of aliases a few lines can stand for
+    more values than memory holds, or for a value within itself.
+    """
+
+    def get_single_node(self) -> yaml.Node | None:
+        """As the base class does, after looking at what aliases stand for."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None and _num_values(node, {}) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"its aliases stand for more than {MAX_VALUES:,} values, or go round"
+            )
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As the base class does, after looking for repeated keys."""
-        names = [key.value for key, _ in node.value]
-        if twice := sorted({name for name in names if names.count(name) > 1}, key=str):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if key.tag not in (_TEXT, _MERGE) or key.value == "":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is no text; write it in quotes", key.start_mark
+                )
+        if twice := sorted({name for name in names if names.count(name) > 1}):
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {twice[0]!r} stands there twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+def _num_values(node: yaml.Node, known: dict[int, float]) -> float:
+    """How many values a node stands for with its aliases written out; infinite in a circle."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # where it is met again before it is counted
+        parts: list[yaml.Node] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _check_readable(path: str) -> None:
@@ -198,6 +261,10 @@ def _check_readable(path: str) -> None:
         ) from error
     except (ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path} is not YAML ({one_line(error)}); correct it") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"--config {path} is not YAML that can be read (it nests too deeply); correct it"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(
             f"--config {path} holds no recipe but {type(content).__name__}; see recipes/demo.yaml"
@@ -206,26 +273,48 @@ def _check_readable(path: str) -> None:
 
 def _explain(parser: ArgumentParser, message: str) -> str:
     """The parser's message with what a reader needs to mend it: the nearest known key."""
+    message = re.sub(r"Problem with given class_path '[^']+': ", "", message)
+    within = re.match(r'Parser key "([^"]+)": Option', message)
     group = re.search(r"Group '([^']+)' does not accept option '([^']+)'", message)
     single = re.search(r"Option '([^']+)' is not accepted", message)
     argument = re.search(r"[Uu]nrecognized arguments: --([^\s=]+)", message)
     if group:
         unknown = f"{group[1]}.{group[2]}"
     elif single:
-        unknown = single[1]
+        unknown = f"{within[1]}.{single[1]}" if within else single[1]
     elif argument:
         unknown = argument[1]
     else:
-        return re.sub(
-            r"Parser key \"([^\"]+)\": Expected a <class '(\w+)'>", r"\1: expected \2", message
-        )
+        typed = r"Parser key \"([^\"]+)\": Expected a <class '(\w+)'>"
+        if (mistyped := re.search(typed, message)) is None:
+            return message
+        examples = {"list": "a list, as [a, b]", "dict": "a mapping, as {a: 1}"}
+        remedy = examples.get(mistyped[2], "such a value, as `--help` lists it")
+        return re.sub(typed, r"\1: expected \2", message) + f"; write {remedy}"
     known = [
         action.dest for action in parser._actions if action.dest not in ("help", "print_config")
     ]
-    sections = {key.rpartition(".")[0] for key in known}
-    known = [key for key in known if key not in sections]
+    sections = {key.rpartition(".")[0] for key in known} - {""}
     section = unknown.rpartition(".")[0]
-    near = difflib.get_close_matches(unknown, known, n=1, cutoff=0.5)
-    siblings = [key for key in known if key.rpartition(".")[0] == section]
-    remedy = f"did you mean {near[0]!r}?" if near else f"known keys here: {', '.join(siblings)}"
+    keys = [key for key in known if key not in sections]
+    if within:  # a list of dataclasses, whose keys are no actions of the parser
+        types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+        (item,) = typing.get_args(types[within[1]])
+        keys = [f"{within[1]}.{field.name}" for field in dataclasses.fields(item)]
+    near = _nearest(unknown, keys if section else [*keys, *sections])
+    siblings = [key for key in keys if key.rpartition(".")[0] == section] or keys
+    remedy = f"did you mean {near!r}?" if near else f"known keys here: {', '.join(siblings)}"
     return f"unknown key {unknown!r}, refused so that a typo cannot become a default; {remedy}"
+
+
+def _nearest(unknown: str, known: Sequence[str]) -> str | None:
+    """The key that was probably meant: alike as a whole, or of a like name in another section."""
+
+    def likeness(key: str) -> float:
+        asked = unknown.lower().replace("-", "_")
+        names = (asked.rpartition(".")[2], key.rpartition(".")[2])
+        whole = difflib.SequenceMatcher(None, asked, key).ratio()
+        return max(whole, difflib.SequenceMatcher(None, *names).ratio() - 0.05)
+
+    best = max(sorted(known), key=likeness)
+    return best if likeness(best) >= LIKE else None

@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+REQUESTS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGINT}
 
 
 class UncompiledError(Exception):
@@ -35,7 +38,13 @@ def compile_library(source: Path, flags: Sequence[str]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(prefix="minilm-") as folder:
         built = Path(folder) / f"{source.stem}.so"
         command = [compiler, *flags, "-shared", "-fPIC", "-o", str(built), str(source), "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # A scheduler's signals reach every process of a job, but are requests to this one: a killed
+        # compiler would leave one rank on other arithmetic, and the run with other bits.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)  # which a child inherits
+        try:
+            done = subprocess.run(command, capture_output=True, text=True)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if done.returncode != 0:
             said = done.stderr.strip()[-200:]
             raise UncompiledError(f"{compiler} does not compile {source}: {said}")

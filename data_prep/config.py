@@ -13,6 +13,19 @@ MAX_BLOCK_TOKENS = 2**31 - 1
 MAX_SEED = 2**64  # and beyond
 
 
+@dataclasses.dataclass(frozen=True)
+class Pool:
+    """Inputs that one weight holds for.
+
+    Args:
+        glob: of `prep.source_weights`; "" stands for the inputs that none names.
+        weight: factor on their share of each language.
+    """
+
+    glob: str
+    weight: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prep:
     """How raw text becomes shards.
@@ -38,6 +51,7 @@ class Prep:
         exclude: globs of evaluation files, whose text must not be trained on.
         exclude_ngram: words in a row that mark a document as overlapping with such a file.
         weights: language -> factor on its share; 0 leaves it out.
+        source_weights: glob of inputs -> factor on their share of each language; 0 leaves them out.
         max_repeats: a document is in the rows this many times at most.
         max_tokens: tokens to train on, frames included; null is as many as the text has.
     """
@@ -61,8 +75,15 @@ class Prep:
     exclude: list[str] = dataclasses.field(default_factory=list)
     exclude_ngram: int = 13
     weights: dict[str, float] | None = None
+    source_weights: dict[str, float] | None = None
     max_repeats: float = 10.0
     max_tokens: int | None = None
+
+    @property
+    def pools(self) -> list[Pool]:
+        """The inputs by their weights, the largest first; at least the one of all others."""
+        found = [Pool(glob, weight) for glob, weight in (self.source_weights or {}).items()]
+        return sorted([*found, Pool("", 1.0)], key=lambda pool: (-pool.weight, pool.glob))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,6 +99,7 @@ class PrepRecipe:
         objective: unused.
         data: unused.
         train: unused.
+        students: unused.
     """
 
     seed: int = 1
@@ -88,6 +110,7 @@ class PrepRecipe:
     objective: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
+    students: list[Any] | None = None
 
     @property
     def tokenizer(self) -> str:
@@ -143,12 +166,13 @@ def check_prep(prep: Prep) -> None:
             f"prep.smoothing={prep.smoothing} is outside 0..1, so rare languages would get less "
             "than their natural share or common ones none; use 0.3 (usual) to 1 (as found)"
         )
-    for language, weight in (prep.weights or {}).items():
-        if not 0.0 <= weight < math.inf:
-            raise ConfigError(
-                f"prep.weights.{language}={weight} is no factor on a share; use 0 (none of it) or "
-                "more"
-            )
+    for key in ("weights", "source_weights"):
+        for name, weight in (getattr(prep, key) or {}).items():
+            if not 0.0 <= weight < math.inf:
+                raise ConfigError(
+                    f"prep.{key}.{name}={weight} is no factor on a share; use 0 (none of it) or "
+                    "more"
+                )
     if prep.max_tokens is not None and prep.max_tokens < prep.seq_len:
         raise ConfigError(
             f"prep.max_tokens={prep.max_tokens} does not fill a row of prep.seq_len="

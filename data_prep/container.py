@@ -136,7 +136,8 @@ class Container:
         dtype, offset, count = self._place(name)
         if not count:
             return np.zeros(0, dtype)
-        return np.memmap(self.path, dtype, mode="r", offset=offset, shape=(count,))
+        mapped = np.memmap(self.path, dtype, mode="r", offset=offset, shape=(count,))
+        return np.asarray(mapped)  # a slice of a memmap is made by Python code, slowly
 
     def _place(self, name: str) -> tuple[np.dtype[Any], int, int]:
         description, offset, count = self._arrays[name]

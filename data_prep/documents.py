@@ -21,8 +21,7 @@ from data_prep.sources import Unit
 from data_prep.streams import BLOCK, COMPRESSED_BLOCK, DamageError, inflate, open_file, read_blocks
 
 UNKNOWN = "und"  # ISO 639's code for a language that is not determined
-MAX_TEXT = 2**26  # bytes of a line, and of a document of lines; a longer one is broken
-MAX_FIELD = 2**25  # characters of a field of .csv, each of which its parser keeps in four bytes
+MAX_TEXT = 2**26  # bytes of a text, and of a line; a longer one is broken
 MAX_FAULTS = 1000  # that are listed of a unit; all are counted
 _LANGUAGE = re.compile(r"[A-Za-z0-9_-]{1,32}")
 # blank lines after the end of another; possessive, so that a megabyte of spaces is looked at once
@@ -255,8 +254,15 @@ def _second_look(line: bytes, offset: int, prep: Prep, file_language: str) -> Ra
     return DamageError(offset, reason, len(line))
 
 
-def _too_long(offset: int, size: int) -> DamageError:
-    return DamageError(offset, f"a text of {size} bytes, over {MAX_TEXT}", size)
+def _too_long(offset: int, size: int, where: str = "", lost: int | None = None) -> DamageError:
+    reason = f"a text of {size} bytes, over {MAX_TEXT}{where}"
+    return DamageError(offset, reason, size if lost is None else lost)
+
+
+def _bytes_if_too_long(text: str) -> int:
+    """Bytes of a text over MAX_TEXT, 0 of any other."""
+    size = len(text.encode()) if 4 * len(text) > MAX_TEXT else 0
+    return size if size > MAX_TEXT else 0
 
 
 def _txt(unit: Unit, file_language: str) -> Iterator[Raw | DamageError]:
@@ -335,9 +341,10 @@ def _csv(unit: Unit, prep: Prep, file_language: str) -> Iterator[Raw | DamageErr
     """A document from each row below the header; a quoted field may hold line ends."""
     begin = position = 0  # of a row, in bytes; of what the parser has taken
     legible = True  # the row so far
+    quotes = 0  # in it: within a quoted field their number is odd
 
     def decoded(stream: BinaryIO) -> Iterator[str]:
-        nonlocal position, legible
+        nonlocal position, legible, quotes
         lines = _lines(unit, stream, 0)
         for offset, data, size in lines:
             if data is None:  # it may end within quotes, or not
@@ -345,16 +352,18 @@ def _csv(unit: Unit, prep: Prep, file_language: str) -> Iterator[Raw | DamageErr
                 raise DamageError(offset, f"a line of {size} bytes, over {MAX_TEXT}", lost)
             for line in io.BytesIO(data):
                 position += len(line)
+                quotes += line.count(b'"')
                 try:
                     yield line.decode("utf-8" if begin else "utf-8-sig")
                 except UnicodeDecodeError:
                     legible = False
                     yield line.decode("utf-8", "replace")
 
-    csv.field_size_limit(MAX_FIELD)
+    csv.field_size_limit(MAX_TEXT)  # in characters, which are bytes at least
     dialect = "excel" if unit.source.format == "csv" else "excel-tab"
     with open_file(unit.source.url, unit.source.bytes) as stream:
-        rows = csv.reader(decoded(stream), dialect, strict=True)
+        lines = decoded(stream)
+        rows = csv.reader(lines, dialect, strict=True)
         try:
             header = next(rows, None)
         except csv.Error as error:
@@ -372,13 +381,17 @@ def _csv(unit: Unit, prep: Prep, file_language: str) -> Iterator[Raw | DamageErr
         text_at = header.index(prep.text_key)
         lang_at = header.index(prep.lang_key) if prep.lang_key in header else len(header)
         while True:
-            begin, legible = position, True
+            begin, legible, quotes = position, True, 0
             try:
-                row = next(rows, None)
-            except csv.Error as error:
-                reason = f"not a row of {unit.source.format} ({error})"
-                yield DamageError(begin, reason, position - begin)
-                continue
+                try:
+                    row = next(rows, None)
+                except csv.Error as error:
+                    reason = f"not a row of {unit.source.format} ({error})"
+                    if "field limit" in reason:  # what follows in the field begins no row
+                        while quotes % 2 and next(lines, None) is not None:
+                            pass
+                    yield DamageError(begin, reason, position - begin)
+                    continue
             except DamageError as damage:
                 damage.lost += position - begin
                 raise
@@ -389,6 +402,9 @@ def _csv(unit: Unit, prep: Prep, file_language: str) -> Iterator[Raw | DamageErr
             elif text_at < len(row):
                 language = row[lang_at] if lang_at < len(row) else None
                 text = row[text_at]
+                if size := _bytes_if_too_long(text):
+                    yield _too_long(begin, size, lost=position - begin)
+                    continue
                 yield Raw(_language(language, file_language), text, len(text))
             elif row:
                 yield DamageError(begin, f"no text under {prep.text_key!r}", position - begin)
@@ -413,9 +429,12 @@ def _table(unit: Unit, prep: Prep, file_language: str) -> Iterator[Raw | DamageE
             continue
         pairs = zip(rows.texts, rows.languages, strict=True)
         for number, (text, language) in enumerate(pairs, rows.first):
+            where = f" ({rows.part})" if rows.part else ""
             if isinstance(text, str):
-                yield Raw(_language(language, file_language), text, len(text))
+                if size := _bytes_if_too_long(text):
+                    yield _too_long(number, size, where)
+                else:
+                    yield Raw(_language(language, file_language), text, len(text))
             else:
                 reason = f"no text under {prep.text_key!r}" if text is None else "not UTF-8"
-                where = f" ({rows.part})" if rows.part else ""
                 yield DamageError(number, reason + where, len(text or b""))

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import bz2
 import lzma
-import math
 import random
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.clean import Cleaner
 from data_prep.command import RunError
 from data_prep.config import Prep
-from data_prep.mixing import mix_table
+from data_prep.mixing import check_mix, mix_table
 from data_prep.sources import Source, Unit, split
 from data_prep.spill import CleanDocument, Counts, read_documents
 from data_prep.tokenizer import Tokenizer
@@ -29,23 +29,28 @@ _COMPRESS: dict[str | None, Callable[[bytes], bytes]] = {
 }  # the other kinds compress about as zlib does
 
 
-def disk_needed(text_bytes: int, id_bytes: int) -> int:
+def disk_needed(text_bytes: int, id_bytes: int, merged_bytes: int = 0) -> int:
     """Bytes that a preparation writes at its fullest moment, about.
 
-    First the clean text and its ids are there together, then the ids and the shards. An id stands
-    for about four bytes of text.
+    First a part of the clean text is there twice, while spills are merged; then the text and its
+    ids are there together, then the ids and the shards. An id stands for about four bytes of text.
+
+    Args:
+        text_bytes: of clean text.
+        id_bytes: of an id.
+        merged_bytes: of text that is merged at the same time.
     """
     ids = text_bytes * id_bytes // 4
-    return max(text_bytes + ids, 2 * ids)
+    return max(text_bytes + min(merged_bytes, text_bytes), text_bytes + ids, 2 * ids)
 
 
-def check_disk(folder: Path, text_bytes: int, tokenizer: Tokenizer) -> None:
+def check_disk(folder: Path, text_bytes: int, tokenizer: Tokenizer, merged_bytes: int = 0) -> None:
     """Say how much disk space is needed, and refuse to begin where there is less.
 
     Raises:
         RunError: the folder's file system has less free.
     """
-    needed = disk_needed(text_bytes, np.dtype(tokenizer.dtype).itemsize)
+    needed = disk_needed(text_bytes, np.dtype(tokenizer.dtype).itemsize, merged_bytes)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
@@ -56,7 +61,13 @@ def check_disk(folder: Path, text_bytes: int, tokenizer: Tokenizer) -> None:
 
 
 def estimate_table(
-    sources: list[Source], prep: Prep, tokenizer: Tokenizer, seed: int, *, samples: int = 16
+    sources: list[Source],
+    prep: Prep,
+    tokenizer: Tokenizer,
+    seed: int,
+    *,
+    samples: int = 16,
+    earlier: Collection[str] = (),
 ) -> str:
     """Tokens and language mix, estimated from samples, and the disk space needed, for people.
 
@@ -67,24 +78,24 @@ def estimate_table(
         prep: the recipe's section.
         tokenizer: that will be used.
         seed: of the choice of samples.
-        samples: of each language and format, at most, of SAMPLE_BYTES each.
+        samples: of each language, format and pool, at most, of SAMPLE_BYTES each.
+        earlier: languages of earlier generations.
 
     Raises:
-        ConfigError: as `mix_table`.
+        ConfigError: as `check_mix`.
         RunError: a sample cannot be read.
     """
     cleaner = Cleaner(prep)
     random_ = random.Random(seed)
-    groups: dict[str, list[Unit]] = {}
+    groups: dict[tuple[str, int], list[Unit]] = {}
     for source in sources:
         stem = source.name.split(".")[0]
-        groups.setdefault(f"{stem}.{source.format}.{source.compression}", []).extend(
-            split(source, SAMPLE_BYTES)
-        )
-    means: dict[str, float] = {}
-    variances: dict[str, float] = {}
+        group = (f"{stem}.{source.format}.{source.compression}", source.pool)
+        groups.setdefault(group, []).extend(split(source, SAMPLE_BYTES))
+    means: dict[str, npt.NDArray[np.float64]] = {}
+    variances: dict[str, npt.NDArray[np.float64]] = {}
     text = 0.0
-    for units in groups.values():
+    for (_, pool), units in groups.items():
         total = sum(unit.bytes for unit in units)
         chosen = random_.sample(units, min(samples, len(units)))
         rates: list[dict[str, float]] = []
@@ -94,17 +105,19 @@ def estimate_table(
             text += total / len(chosen) * (size / sampled if sampled else 0)
         for name in {name for rate in rates for name in rate}:
             values = [rate.get(name, 0.0) for rate in rates]
-            means[name] = means.get(name, 0.0) + total * float(np.mean(values))
+            for found in (means, variances):
+                found.setdefault(name, np.zeros(len(prep.pools)))
+            means[name][pool] += total * float(np.mean(values))
             share = 1 - len(chosen) / len(units)  # nothing is uncertain where all was read
             whole = all(unit.bytes <= SAMPLE_BYTES for unit in chosen)
             spread = float(np.var(values, ddof=1)) if len(values) > 1 else (values[0] / 2) ** 2
             if whole:
                 spread *= share
-            variances[name] = variances.get(name, 0.0) + total**2 * spread / len(values)
-    errors = {name: math.sqrt(variances[name]) / means[name] for name in means}
+            variances[name][pool] += total**2 * spread / len(values)
+    check_mix(means, prep, earlier)
     needed = disk_needed(round(text), np.dtype(tokenizer.dtype).itemsize)
     return (
-        f"{mix_table(means, prep, errors)}\nestimated from samples, one standard error; "
+        f"{mix_table(means, prep, variances)}\nestimated from samples, one standard error; "
         f"about {text / 1e9:.2f} GB of text; {needed / 1e9:.2f} GB of disk space are needed"
     )
 

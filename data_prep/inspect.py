@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.command import EXIT_FINISHED, ConfigError, run_command
+from data_prep.command import EXIT_FINISHED, ConfigError, OptionParser, run_command
 from data_prep.durable import write_durably
 from data_prep.shards import Manifest, ShardReader
 from data_prep.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ _TEMPLATE = "inspect.html.j2"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; write the page where --output names one."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.inspect", description=__doc__)
+    parser = OptionParser(prog="python -m data_prep.inspect", description=__doc__)
     parser.add_argument("shards", help="folder or fsspec URL that holds manifest.json")
     parser.add_argument("--samples", type=int, default=3, help="texts of each language to show")
     parser.add_argument("--tokenizer", help="hub id or folder; turns samples back into text")
@@ -54,6 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_options(options: argparse.Namespace) -> None:
     if options.samples < 0:
         raise ConfigError(f"--samples {options.samples} is below 0; use 0 for none, or more")
+    page: Path | None = options.output
+    if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
+        raise ConfigError(
+            f"--output {page} is no file in a folder that exists, so the page could not be "
+            "written; name one"
+        )
     if options.blocks < 1:
         raise ConfigError(f"--blocks {options.blocks} is below 1; use 1 or more")
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 FRAME = 2  # every segment carries one token before its content and one after
 TARGET_FILL = 0.995  # documents are cut only as far as this needs
@@ -24,46 +23,43 @@ class Segment(NamedTuple):
     length: int
 
 
-def cut(
-    starts_word: npt.NDArray[np.bool_], ends_sentence: npt.NDArray[np.bool_], seq_len: int
-) -> list[int]:
+def cut(starts_word: bytes, ends_sentence: bytes, seq_len: int) -> list[int]:
     """The lengths of the pieces that a document is cut into, so that each fits a row.
 
     A piece ends with a sentence if one ends near the row's end, otherwise with a word, otherwise
     where the row is full: holes that are left have to be filled with pieces of other documents.
 
     Args:
-        starts_word: [tokens] whether a word starts with the token.
-        ends_sentence: [tokens] whether a sentence ends with it.
+        starts_word: [tokens] 1 where a word starts with the token, otherwise 0.
+        ends_sentence: [tokens] 1 where a sentence ends with it, otherwise 0.
         seq_len: tokens of a row, FRAME included.
     """
     longest, lengths, start = seq_len - FRAME, [], 0
     while len(starts_word) - start > longest:
         stop = start + longest
-        near = np.arange(max(start + 1, stop - longest // SENTENCE_REACH), stop + 1)
         # In a script without spaces no word's start is marked.
-        marks_words = starts_word[stop - longest // WORD_REACH : stop + 1].any()
-        at_sentences = near[ends_sentence[near - 1] & (starts_word[near] | ~marks_words)]
-        length = (
-            int(at_sentences[-1]) - start
-            if len(at_sentences)
-            else nearest_cut(starts_word[start : stop + 1], longest)
-        )
+        marks_words = starts_word.rfind(1, stop - longest // WORD_REACH, stop + 1) >= 0
+        first = max(start + 1, stop - longest // SENTENCE_REACH)
+        at = ends_sentence.rfind(1, first - 1, stop) + 1
+        while at and marks_words and not starts_word[at]:
+            at = ends_sentence.rfind(1, first - 1, at - 1) + 1
+        length = at - start if at else nearest_cut(starts_word, start, longest)
         lengths.append(length)
         start += length
     return [*lengths, len(starts_word) - start] if len(starts_word) else []
 
 
-def nearest_cut(starts_word: npt.NDArray[np.bool_], length: int) -> int:
+def nearest_cut(starts_word: bytes, start: int, length: int) -> int:
     """The most tokens, at most `length` and not many fewer, that end with a word.
 
     Args:
-        starts_word: [length + 1 or more] whether a word starts with the token.
+        starts_word: [start + length + 1 or more] 1 where a word starts with the token, otherwise 0.
+        start: where the piece begins.
         length: of the piece, if nothing better is near.
     """
-    nearest = max(1, length - length // WORD_REACH)
-    found = np.flatnonzero(starts_word[nearest : length + 1])
-    return nearest + int(found[-1]) if len(found) else length
+    nearest = start + max(1, length - length // WORD_REACH)
+    found = starts_word.rfind(1, nearest, start + length + 1)
+    return found - start if found >= 0 else length
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -80,7 +76,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     rows: list[list[int]] = []
     rows_by_free: list[list[int]] = [[] for _ in range(capacity + 1)]
     occupied = 0  # bit f: some row has f tokens free; finds the best fit without a search
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for item in np.argsort(-np.array(lengths, np.int64), kind="stable").tolist():
         length = lengths[item]
         fitting = occupied >> length
         if fitting:

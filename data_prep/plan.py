@@ -22,7 +22,7 @@ from data_prep.mixing import Dose
 from data_prep.pack import FRAME, MIN_PIECE, Segment, cut, nearest_cut, pack
 from data_prep.spill import Counts
 from data_prep.tokenizer import Tokenizer
-from data_prep.tokens import DRAWS, TOKENISED, TokenFiles, draw_of, framed
+from data_prep.tokens import TOKENISED, TokenFiles, draw_of, tokens_of_draws
 
 # `length` ids of the partition's file from `offset`; the frame around them is not counted.
 SEGMENT = np.dtype(
@@ -75,7 +75,7 @@ class HeldOut:
     Args:
         rows: language -> its rows.
         until: language -> digest: all its documents up to there are held out.
-        draws: language -> [DRAWS] framed tokens that are no longer there to train on.
+        draws: language -> [pools, DRAWS] framed tokens that are no longer there to train on.
         counts: what became of these documents.
     """
 
@@ -108,9 +108,7 @@ def take_heldout(files: TokenFiles, prep: Prep, languages: Sequence[str]) -> Hel
     for language, filler in fillers.items():
         held.rows[language] = Rows.of([row for row in filler.rows if row])
         taken = np.array(filler.taken, dtype=TOKENISED)
-        held.draws[language] = np.bincount(
-            draw_of(taken), weights=framed(taken["tokens"], prep.seq_len), minlength=DRAWS
-        ).astype(np.int64)
+        held.draws[language] = tokens_of_draws(taken, prep)
         if filler.taken:
             held.until[language] = (int(taken["hi"][-1]), int(taken["lo"][-1]))
             held.counts.drop(
@@ -192,7 +190,7 @@ def plan_group(
     files: TokenFiles,
     partitions: range,
     path: Path,
-    doses: Mapping[str, Dose],
+    doses: Mapping[str, Sequence[Dose]],
     until: Mapping[str, tuple[int, int]],
     prep: Prep,
     tokenizer: Tokenizer,
@@ -206,7 +204,7 @@ def plan_group(
     if path.exists():
         return
     counts = Counts()
-    choice = _Choice(files, doses, until)
+    choice = _Choice(files, doses, until, len(prep.pools))
     parts = [choice.segments(partition, prep, tokenizer, counts) for partition in partitions]
     segments = np.concatenate(parts)
     rng = np.random.Generator(np.random.Philox([seed, partitions.start]))
@@ -246,14 +244,16 @@ class _Choice:
     def __init__(
         self,
         files: TokenFiles,
-        doses: Mapping[str, Dose],
+        doses: Mapping[str, Sequence[Dose]],
         until: Mapping[str, tuple[int, int]],
+        num_pools: int,
     ) -> None:
         self._files = files
         names = files.languages
-        none = Dose(0, 0)
-        self._copies = np.array([doses.get(name, none).copies for name in names])
-        self._draw = np.array([doses.get(name, none).draw for name in names])
+        none = [Dose(0, 0)] * num_pools
+        of_names = [doses.get(name, none) for name in names]  # [languages, pools], both below too
+        self._copies = np.array([[dose.copies for dose in of_pools] for of_pools in of_names])
+        self._draw = np.array([[dose.draw for dose in of_pools] for of_pools in of_names])
         nothing = (0, 0)  # no text's digest
         until_hi, until_lo = zip(*[until.get(name, nothing) for name in names], strict=True)
         self._hi, self._lo = np.array(until_hi, "<u8"), np.array(until_lo, "<u8")
@@ -269,13 +269,11 @@ class _Choice:
         for copy in range(self._passes):
             source = (partition - copy * self._stride) % len(self._files)
             records = self._files.documents(source)
-            language = records["language"]
+            language, pool = records["language"], records["pool"]
             hi, lo = self._hi[language], self._lo[language]
             free = (records["hi"] > hi) | ((records["hi"] == hi) & (records["lo"] > lo))
-            copies = self._copies[language]
-            chosen = free & (
-                (copy < copies) | ((copy == copies) & (draw_of(records) < self._draw[language]))
-            )
+            copies, draw = self._copies[language, pool], self._draw[language, pool]
+            chosen = free & ((copy < copies) | ((copy == copies) & (draw_of(records) < draw)))
             if copy == 0:
                 counts.drop_records(self._files.languages, records[chosen], "train")
                 counts.drop_records(self._files.languages, records[free & ~chosen], "mixing")
@@ -299,13 +297,12 @@ def _segments(
     found["partition"], found["language"] = partition, whole["language"]
     found["length"], found["offset"] = whole["tokens"], whole["offset"]
     pieces: list[tuple[int, int, int, int]] = []
-    for record in records[is_long]:
-        start, language = int(record["offset"]), int(record["language"])
-        of_document = np.asarray(ids[start : start + int(record["tokens"])])
-        lengths = cut(
-            tokenizer.starts_word[of_document], tokenizer.ends_sentence[of_document], seq_len
-        )
-        for length in lengths:
+    columns = [records[name][is_long].tolist() for name in ("language", "offset", "tokens")]
+    for language, start, tokens in zip(*columns, strict=True):
+        of_document = ids[start : start + tokens]
+        starts_word = tokenizer.starts_word[of_document].tobytes()
+        ends_sentence = tokenizer.ends_sentence[of_document].tobytes()
+        for length in cut(starts_word, ends_sentence, seq_len):
             pieces.append((partition, language, length, start))
             start += length
     return np.concatenate([found, np.array(pieces, dtype=SEGMENT)])
@@ -315,16 +312,15 @@ def _pack_window(
     window: npt.NDArray[np.void], files: TokenFiles, seq_len: int, tokenizer: Tokenizer
 ) -> list[list[Any]]:
     """Rows of SEGMENT fields. What is cut up to fill holes is cut between words where it can be."""
-
-    def shorten(segment: Segment, length: int) -> int:
-        record = window[segment.document]
-        start = int(record["offset"]) + segment.start
-        ids = np.asarray(files.tokens(int(record["partition"]))[start : start + length + 1])
-        return nearest_cut(tokenizer.starts_word[ids], length)
-
-    items = [Segment(i, 0, length) for i, length in enumerate(window["length"].tolist())]
     partitions, languages = window["partition"].tolist(), window["language"].tolist()
     offsets = window["offset"].tolist()
+
+    def shorten(segment: Segment, length: int) -> int:
+        start = offsets[segment.document] + segment.start
+        ids = files.tokens(partitions[segment.document])[start : start + length + 1]
+        return nearest_cut(tokenizer.starts_word[ids].tobytes(), 0, length)
+
+    items = [Segment(i, 0, length) for i, length in enumerate(window["length"].tolist())]
     return [
         [(partitions[i], languages[i], length, offsets[i] + start) for i, start, length in row]
         for row in pack(items, seq_len, shorten)

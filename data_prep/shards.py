@@ -17,6 +17,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ MANIFEST = "manifest.json"
 EARLIER = "manifests"  # folder of the manifests of earlier generations
 Verify = Literal["first_read", "always", "never"]
 _TAR_BLOCK = 512
+_ARRAYS = ("input_ids", "cu_seqlens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,7 @@ class Shard:
     @classmethod
     def from_json(cls, body: Mapping[str, Any]) -> Shard:
         """From what `dataclasses.asdict` gave."""
-        return cls(**{**body, "blocks": tuple(Block(**block) for block in body["blocks"])})
+        return cls(**{**body, "blocks": tuple(Block(**block) for block in _listed(body, "blocks"))})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,14 +129,22 @@ class Manifest:
 
     @classmethod
     def _of(cls, body: dict[str, Any], where: str) -> Manifest:
-        """The manifest of a body whose digest was checked."""
-        if not 1 <= (version := body.pop("format_version")) <= FORMAT_VERSION:
+        """The manifest of a body whose digest was checked, which proves nothing of who wrote it."""
+        version = body.pop("format_version", None)
+        if not _is_count(version) or not 1 <= version <= FORMAT_VERSION:
             raise RunError(
-                f"{where} has format version {version}, this reader knows 1 to {FORMAT_VERSION}; "
+                f"{where} has format version {version!r}, this reader knows 1 to {FORMAT_VERSION}; "
                 "read it with the release that wrote it, or prepare the shards again"
             )
-        shards = tuple(Shard.from_json(shard) for shard in body.pop("shards"))
-        return cls(**body, shards=shards)
+        try:
+            shards = tuple(Shard.from_json(shard) for shard in _listed(body, "shards"))
+            manifest = cls(**{**body, "shards": shards})
+            fault = next(_faults(manifest), None)
+        except (KeyError, TypeError, AttributeError) as error:  # keys that lack, or are too many
+            raise RunError(f"{where} is no manifest ({one_line(error)}); {_REMEDY}") from error
+        if fault is not None:
+            raise RunError(f"{where} is no manifest ({fault}); {_REMEDY}")
+        return manifest
 
     def of_language(self, language: str | None) -> tuple[Shard, ...]:
         """The held-out shards of a language; None gives the training shards."""
@@ -142,6 +152,67 @@ class Manifest:
 
 
 _REMEDY = "do not train on it; remove the folder and prepare the shards again"
+
+
+def _listed(body: Mapping[str, Any], key: str) -> list[Any]:
+    items = body[key]
+    if not isinstance(items, list):
+        raise TypeError(f"{key}={items!r} is no list")
+    return items
+
+
+def _is_count(value: Any, least: int = 0, most: int = 2**63 - 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _faults(manifest: Manifest) -> Iterator[str]:
+    """What no preparation writes, and a reader would stumble over, or be led astray by."""
+    counts = {
+        "seq_len": (1, 2**31),
+        "vocab_size": (1, 2**32),
+        "seed": (0, 2**64),
+        "rows": (0, 2**63),
+        "generation": (1, 2**31),
+    }
+    for key, (least, most) in counts.items():
+        if not _is_count(value := getattr(manifest, key), least, most - 1):
+            yield f"{key}={value!r} is no number from {least} to {most - 1}"
+    for key in ("settings", "tokenizer", "tokenizer_fingerprint"):
+        if not isinstance(value := getattr(manifest, key), str):
+            yield f"{key}={value!r} is no text"
+    for key in ("special_ids", "heldout_rows", "tokens"):
+        value = getattr(manifest, key)
+        if not isinstance(value, dict) or not all(map(_is_count, value.values())):
+            yield f"{key}={value!r} holds no counts"
+    if not isinstance(manifest.special_ids, dict) or not {"cls", "sep", "pad"} <= {
+        *manifest.special_ids
+    }:
+        yield f"special_ids={manifest.special_ids!r} lacks cls, sep or pad"
+    for key in ("accounting", "segment_lengths"):
+        value = getattr(manifest, key)
+        if not isinstance(value, dict) or not all(isinstance(v, dict) for v in value.values()):
+            yield f"{key} is no table"
+    if not isinstance(manifest.sources, dict):
+        yield "sources is no table"
+    names = [shard.name for shard in manifest.shards]
+    for shard in manifest.shards:
+        yield from _shard_faults(shard)
+        if names.count(shard.name) > 1:
+            yield f"shards has {shard.name!r} twice"
+
+
+def _shard_faults(shard: Shard) -> Iterator[str]:
+    if not isinstance(shard.name, str) or Path(shard.name).name != shard.name or "\0" in shard.name:
+        yield f"shards has the name {shard.name!r}, which is of no file in its folder"
+    if not isinstance(shard.sha256, str) or not isinstance(shard.language, str | None):
+        yield f"shards: sha256 or language of {shard.name!r} is no text"
+    if not _is_count(shard.bytes) or not _is_count(shard.rows):
+        yield f"shards: bytes or rows of {shard.name!r} is no number"
+        return
+    for block in shard.blocks:
+        numbers = dataclasses.astuple(block)
+        if not all(map(_is_count, numbers)) or block.offset + block.bytes > shard.bytes:
+            yield f"shards: a block of {shard.name!r} is not within its {shard.bytes} bytes"
 
 
 def generation(digest: str) -> str:
@@ -154,7 +225,7 @@ def _checked(text: str, where: str) -> tuple[dict[str, Any], str]:
     try:
         body: dict[str, Any] = json.loads(text)
         digest: str = body.pop("digest")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise RunError(f"{where} is damaged ({error}); {_REMEDY}") from error
     if digest != _digest(body):
         raise RunError(f"{where} is damaged: its digest does not match its content; {_REMEDY}")
@@ -272,14 +343,28 @@ def parse_block(
             members = {
                 member.name.partition(".")[2]: content.read()
                 for member in tar
+                if member.isreg() and member.size <= len(raw)  # a sparse one is larger than it is
                 if (content := tar.extractfile(member)) is not None
             }
-        input_ids = np.load(io.BytesIO(members["input_ids.npy"]), allow_pickle=False)
-        cu_seqlens = np.load(io.BytesIO(members["cu_seqlens.npy"]), allow_pickle=False)
+        input_ids, cu_seqlens = (_array(members[f"{name}.npy"]) for name in _ARRAYS)
         meta = json.loads(members["json"])
-    except (tarfile.TarError, KeyError, ValueError, EOFError, OSError) as error:
-        raise RunError(f"{where} is damaged ({error}); {_REMEDY}") from error
+    except (tarfile.TarError, KeyError, ValueError, EOFError, OSError, RecursionError) as error:
+        raise RunError(f"{where} is damaged ({one_line(error)}); {_REMEDY}") from error
+    if not isinstance(meta, dict):
+        raise RunError(f"{where} is damaged (its JSON is no object); {_REMEDY}")
     return input_ids, cu_seqlens, meta
+
+
+def _array(data: bytes) -> npt.NDArray[Any]:
+    """The array of a .npy file, for which no more memory is taken than it has bytes."""
+    stream = io.BytesIO(data)
+    version = np.lib.format.read_magic(stream)
+    if version != (1, 0):
+        raise ValueError(f"an array of format {version}")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+        raise ValueError(f"an array of shape {shape} and {dtype} in {len(data)} bytes")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape).copy()
 
 
 def publish(folder: Path, manifest: Manifest) -> None:
@@ -435,7 +520,11 @@ class ShardReader:
         check = self._verify == "always" or (self._verify == "first_read" and not is_checked[index])
         raw = self._read(shard, block, check)
         is_checked[index] |= check
-        return parse_block(raw, where=self._name(shard, block))
+        where = self._name(shard, block)
+        sample = parse_block(raw, where=where)
+        if check and (fault := _layout_fault(*sample, block, self.manifest)) is not None:
+            raise RunError(f"{where} is damaged: {fault}; {_REMEDY}")
+        return sample
 
     def _read(self, shard: Shard, block: Block, check: bool) -> bytes:
         """The block's bytes: as many as it has, and the right ones where they are checked."""
@@ -445,8 +534,9 @@ class ShardReader:
             if raw is not None and _fault(raw, block, check) is None:
                 return raw
         where = self._name(shard, block)
+        span = (block.offset, block.offset + block.bytes)
         try:
-            raw = self._storage.read(shard.name, block.offset, block.offset + block.bytes)
+            raw = self._storage.read(shard.name, *span, lambda raw: _fault(raw, block, check))
         except FileNotFoundError as error:
             raise RunError(f"{where} cannot be read: the file is missing; {_REMEDY}") from error
         if (fault := _fault(raw, block, check)) is not None:
@@ -457,6 +547,29 @@ class ShardReader:
 
     def _name(self, shard: Shard, block: Block) -> str:
         return f"{self.url}/{shard.name}, block at byte {block.offset}"
+
+
+def _layout_fault(
+    input_ids: npt.NDArray[Any],
+    cu_seqlens: npt.NDArray[np.int32],
+    meta: Mapping[str, Any],
+    block: Block,
+    manifest: Manifest,
+) -> str | None:
+    """What would have kernels look beyond their arrays: a CRC says that bytes are the writer's."""
+    if input_ids.shape != (block.rows, manifest.seq_len) or input_ids.dtype.kind != "u":
+        return f"its ids are {input_ids.dtype} {input_ids.shape}"
+    if input_ids.size and input_ids.max() >= manifest.vocab_size:
+        return f"id {input_ids.max()} is outside the vocabulary of {manifest.vocab_size}"
+    ends = (0, input_ids.size)
+    if cu_seqlens.ndim != 1 or cu_seqlens.dtype != np.int32 or cu_seqlens.size < 2:
+        return f"its cu_seqlens are {cu_seqlens.dtype} {cu_seqlens.shape}"
+    if (cu_seqlens[0], cu_seqlens[-1]) != ends or not (cu_seqlens[1:] > cu_seqlens[:-1]).all():
+        return f"its cu_seqlens do not increase from 0 to {input_ids.size}"
+    languages = meta.get("segment_languages", [None] * (cu_seqlens.size - 1))
+    if not isinstance(languages, list) or len(languages) != cu_seqlens.size - 1:
+        return "its JSON's languages are not those of its segments"
+    return None
 
 
 def _fault(raw: bytes, block: Block, check: bool) -> str | None:

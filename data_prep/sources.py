@@ -7,6 +7,7 @@ import dataclasses
 import glob
 import hashlib
 import itertools
+import json
 import os
 import urllib.parse
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import fsspec
 
 from data_prep import tables
 from data_prep.command import ConfigError, RunError, one_line
+from data_prep.config import Prep
 from data_prep.streams import DECODERS, is_remote, may_pass, open_file, patiently
 
 TEXTS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "txt", ".csv": "csv", ".tsv": "tsv"}
@@ -42,6 +44,7 @@ class Source:
         compression: "gz", "xz", "zst" or "bz2"; None is none.
         digest: names the content: sha256 over size and samples, or the hub's revision. Of a file
             over 1 MiB it misses a change between two samples that keeps the size.
+        pool: place in `Prep.pools`, of `with_pools`.
     """
 
     url: str
@@ -50,6 +53,7 @@ class Source:
     format: str
     compression: str | None
     digest: str
+    pool: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,29 +101,66 @@ def find_sources(patterns: Sequence[str]) -> list[Source]:
         return sorted(sources, key=lambda source: (source.name, source.url))
 
 
-def _matches(pattern: str) -> dict[str, int | None]:
+def reading_digest(source: Source, prep: Prep) -> str:
+    """Names what is read of a source: its content, its format, and the keys it is read under."""
+    keys = [] if source.format == "txt" else [prep.text_key, prep.lang_key]
+    return _sha256(json.dumps([source.digest, source.format, *keys]))
+
+
+def with_pools(sources: Sequence[Source], prep: Prep) -> list[Source]:
+    """The sources, each with the pool that `prep.source_weights` puts it in.
+
+    Raises:
+        ConfigError: a glob names none of them, or two globs name the same one.
+        RunError: a glob cannot be looked up.
+    """
+    found: dict[str, int] = {}  # url -> place of its pool
+    pools = prep.pools
+    for place, pool in enumerate(pools):
+        if not pool.glob:
+            continue
+        matches = _matches(pool.glob, "prep.source_weights")
+        matched = [source.url for source in sources if source.url in matches]
+        if not matched:
+            raise ConfigError(
+                f"prep.source_weights names {pool.glob!r}, which is none of the files of "
+                "prep.input, so the weight would do nothing; write it as in prep.input"
+            )
+        for url in matched:
+            if url in found:
+                raise ConfigError(
+                    f"prep.source_weights gives {url} two weights, by {pools[found[url]].glob!r} "
+                    f"and {pool.glob!r}; narrow one of them"
+                )
+            found[url] = place
+    others = [pool.glob for pool in pools].index("")
+    return [dataclasses.replace(source, pool=found.get(source.url, others)) for source in sources]
+
+
+def _matches(pattern: str, key: str = "prep.input") -> dict[str, int | None]:
+    """What a pattern of the recipe's key matches: url -> bytes, where they are known."""
     if pattern.startswith(tables.HUB):
         return {pattern: None}
     if is_remote(pattern) and not pattern.startswith(("file://", "local://")):
-        return dict(_remote_matches(pattern))
-    return dict.fromkeys(_local_matches(pattern.partition("://")[2] or pattern))
+        return dict(_remote_matches(pattern, key))
+    return dict.fromkeys(_local_matches(pattern.partition("://")[2] or pattern, key))
 
 
-def _local_matches(pattern: str) -> Iterator[str]:
+def _local_matches(pattern: str, key: str) -> Iterator[str]:
     if "**" in pattern:
-        _refuse_circles(pattern)
+        _refuse_circles(pattern, key)
     for match in glob.glob(pattern, recursive=True):
         path = os.path.abspath(match)
         if os.path.islink(path) and not os.path.exists(path):
             raise ConfigError(
-                f"prep.input={pattern!r} matches {path!r}, a symbolic link that leads nowhere or "
+                f"{key}={pattern!r} matches {path!r}, a symbolic link that leads nowhere or "
                 "in a circle; mend or remove it"
             )
         if os.path.isfile(path) or os.path.isfile(os.path.join(path, tables.STATE)):
             yield path
 
 
-def _refuse_circles(pattern: str) -> None:
+def _refuse_circles(pattern: str, key: str) -> None:
     """Refuse a folder that contains itself: `**` would go round it, and two would take for ever."""
     root = pattern.partition("**")[0]
     root = os.path.dirname(root) or os.curdir
@@ -130,13 +171,13 @@ def _refuse_circles(pattern: str) -> None:
             ancestors = above.pop(folder)
             if real in ancestors:
                 raise ConfigError(
-                    f"prep.input={pattern!r} would look into {folder!r} for ever, a symbolic link "
+                    f"{key}={pattern!r} would look into {folder!r} for ever, a symbolic link "
                     "to a folder that it lies in; remove the link or narrow the pattern"
                 )
             above.update({os.path.join(folder, name): (*ancestors, real) for name in folders})
 
 
-def _remote_matches(pattern: str) -> Iterator[tuple[str, int | None]]:
+def _remote_matches(pattern: str, key: str) -> Iterator[tuple[str, int | None]]:
     # a question mark begins the query of a web address
     magic = "*" in pattern if pattern.startswith("http") else glob.has_magic(pattern)
     try:
@@ -155,7 +196,7 @@ def _remote_matches(pattern: str) -> Iterator[tuple[str, int | None]]:
         if isinstance(error, FileNotFoundError):
             return
         raise ConfigError(
-            f"prep.input={pattern!r} cannot be looked up ({why}); correct it, or install the "
+            f"{key}={pattern!r} cannot be looked up ({why}); correct it, or install the "
             "package that its file system needs (s3fs, gcsfs, ...)"
         ) from error
     for name, info in details.items():

@@ -21,13 +21,18 @@ from data_prep.command import RunError
 from data_prep.config import Prep
 from data_prep.container import Container, ContainerWriter, write_container
 from data_prep.documents import Fault, read_raw
-from data_prep.exchange import KEY, partition_of, read_partition, write_run
+from data_prep.exchange import KEY, merge_runs, partition_of, read_partition, write_run
 from data_prep.sources import Unit
 
-# `language` is a place in the unit's list of them; `bytes` of text are spilled with the record.
-DOCUMENT = np.dtype([*KEY, ("language", "<u2"), ("chars", "<u4"), ("bytes", "<u4")])
+# `language` is a place in the unit's list of them, `pool` one in `Prep.pools`; `bytes` of text are
+# spilled with the record.
+DOCUMENT = np.dtype(
+    [*KEY, ("language", "<u2"), ("pool", "<u2"), ("chars", "<u4"), ("bytes", "<u4")]
+)
 RUN_BYTES = 64 << 20  # of text held before it is written
 MAX_LANGUAGES = 1000
+FEW_SPILLS = 512  # that every partition opens without much ado; more are merged
+MERGED_BYTES, MERGED_UNITS = 2 << 30, 256  # in one file
 
 
 class Counts(collections.Counter[tuple[str, str]]):
@@ -91,6 +96,11 @@ def spill_path(work: Path, unit: int) -> Path:
     return work / f"read-{unit:06d}"
 
 
+def merged_path(work: Path, group: int) -> Path:
+    """Where a group of units' spills are merged."""
+    return work / f"read-merged-{group:06d}"
+
+
 def spill(
     unit: Unit, path: Path, prep: Prep, cleaner: Cleaner, num_partitions: int, seed: int
 ) -> None:
@@ -106,14 +116,15 @@ def spill(
     languages: dict[str, int] = {}
     documents = read_documents(unit, prep, cleaner, counts, faults)
     with write_container(path) as writer:
-        records: list[tuple[int, int, int, int, int]] = []
+        records: list[tuple[int, int, int, int, int, int]] = []
         texts: list[bytes] = []
         num_bytes = 0
         for document in documents:
             text = document.text.encode()
             language = languages.setdefault(document.language, len(languages))
             _check_languages(languages, prep)
-            records.append((*key_of(text, seed), language, len(document.text), len(text)))
+            places = (language, unit.source.pool)
+            records.append((*key_of(text, seed), *places, len(document.text), len(text)))
             texts.append(text)
             num_bytes += len(text)
             if num_bytes >= RUN_BYTES:
@@ -149,16 +160,15 @@ def _check_languages(languages: Collection[str], prep: Prep) -> None:
 
 
 class Spills:
-    """All units' spills: what is known of them before their documents are read."""
+    """Spills, of units or merged: what is known of them before their documents are read."""
 
-    def __init__(self, work: Path, num_units: int, prep: Prep) -> None:
-        self.paths = [spill_path(work, unit) for unit in range(num_units)]
+    def __init__(self, paths: Sequence[Path], prep: Prep) -> None:
+        self._files = [Container(path) for path in paths]
         self.counts = Counts()
         self.faults: list[Fault] = []
         self.excluded_by: collections.Counter[str] = collections.Counter()
         self._of_unit: list[list[str]] = []
-        for path in self.paths:
-            facts = Container(path).facts
+        for facts in (file.facts for file in self._files):
             self.counts.update(Counts.from_json(facts["counts"]))
             self.faults += [Fault(*fault) for fault in facts["faults"]]
             self.excluded_by.update(facts["excluded_by"])
@@ -169,10 +179,61 @@ class Spills:
     def read(self, partition: int) -> tuple[npt.NDArray[np.void], bytes]:
         """A partition's DOCUMENT records, whose languages are places in `languages`, and texts."""
         tables, payloads = [np.zeros(0, DOCUMENT)], []
-        for path, names in zip(self.paths, self._of_unit, strict=True):
-            table, payload = read_partition([path], partition, DOCUMENT)
-            places = np.array([self.languages.index(name) for name in names] or [0], dtype="<u2")
-            table["language"] = places[table["language"]]
-            tables.append(table)
+        for index, file in enumerate(self._files):
+            table, payload = read_partition([file], partition, DOCUMENT)
+            tables.append(self._relabelled(index, table))
             payloads.append(payload)
         return np.concatenate(tables), b"".join(payloads)
+
+    def _relabelled(self, index: int, table: npt.NDArray[np.void]) -> npt.NDArray[np.void]:
+        """Records of one of the files, with places in `languages`."""
+        names = self._of_unit[index]
+        places = np.array([self.languages.index(name) for name in names] or [0], dtype="<u2")
+        table["language"] = places[table["language"]]
+        return table
+
+    def merge(self, path: Path) -> None:
+        """Write all of it as one file that reads the same.
+
+        Raises:
+            RunError: the file cannot be written.
+        """
+        with write_container(path) as writer:
+            merge_runs(writer, self._files, self._relabelled)
+            writer.facts["languages"] = self.languages
+            writer.facts["counts"] = self.counts.to_json()
+            writer.facts["excluded_by"] = dict(self.excluded_by)
+            writer.facts["faults"] = [dataclasses.astuple(fault) for fault in self.faults]
+
+
+def merge_groups(sizes: Sequence[int]) -> list[range]:
+    """Which spills are merged: consecutive ones, up to MERGED_BYTES and MERGED_UNITS together.
+
+    Few spills stay as they are: what it costs to open them grows with their number times that of
+    the partitions, which is a number of the same order.
+
+    Args:
+        sizes: bytes of each unit's spill.
+    """
+    groups: list[range] = []
+    held = 0
+    for index, size in enumerate(sizes):
+        fits = groups and held + size <= MERGED_BYTES and len(groups[-1]) < MERGED_UNITS
+        if fits and len(sizes) > FEW_SPILLS:
+            groups[-1], held = range(groups[-1].start, index + 1), held + size
+        else:
+            groups.append(range(index, index + 1))
+            held = size
+    return groups
+
+
+def merge_spills(paths: Sequence[Path], merged: Path, prep: Prep) -> None:
+    """Merge units' spills into one file and remove them, unless an earlier start has done so.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    if not merged.exists():
+        Spills(paths, prep).merge(merged)
+    for path in paths:
+        path.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
-from data_prep.command import RunError, one_line
+from data_prep.command import RunError, masked, one_line
 
 ATTEMPTS = 8
 LONGEST_WAIT = 30.0  # seconds; the waits before all attempts are a minute at most, half on average
@@ -23,6 +23,14 @@ AT_ONCE = 16  # questions after the sizes of files that a listing does not answe
 
 _Result = TypeVar("_Result")
 _LASTING = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+class _FaultyError(OSError):
+    """Bytes came, and they are not right."""
+
+    def __init__(self, fault: str, data: bytes) -> None:
+        super().__init__(fault)
+        self.data = data
 
 
 class Storage:
@@ -37,16 +45,29 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/") or url
+        self.url = masked(url.rstrip("/") or url)  # for messages
         self._fs, root = fsspec.core.url_to_fs(url)
         self._root = root.rstrip("/")
         self.is_remote = not isinstance(self._fs, LocalFileSystem)
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+    def read(
+        self,
+        name: str,
+        start: int | None = None,
+        stop: int | None = None,
+        fault: Callable[[bytes], str | None] = lambda _: None,
+    ) -> bytes:
         """A file's bytes, or those from `start` to before `stop`.
 
-        On remote storage a body of another length than was asked for counts as a failed attempt;
-        a local file that ends early gives what it has.
+        On remote storage a body of another length than was asked for, or with a fault, counts as a
+        failed attempt; if the last attempt has the fault too, its bytes come back for the caller to
+        refuse. A local file that ends early gives what it has.
+
+        Args:
+            name: of the file.
+            start: first byte; None is the file's.
+            stop: one beyond the last byte.
+            fault: says what is wrong with the bytes; None where nothing is.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -59,6 +80,8 @@ class Storage:
             if self.is_remote and start is not None and stop is not None:
                 if len(data) != stop - start:
                     raise OSError(f"{len(data)} bytes came where {stop - start} were asked for")
+            if self.is_remote and (found := fault(data)) is not None:
+                raise _FaultyError(found, data)
             return data
 
         try:
@@ -66,6 +89,8 @@ class Storage:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise FileNotFoundError(where) from error
         except Exception as error:
+            if isinstance(error.__cause__, _FaultyError):
+                return error.__cause__.data
             if not _is_of_storage(error):
                 raise
             raise RunError(
@@ -125,7 +150,7 @@ def _retried(where: str, call: Callable[[], _Result]) -> _Result:
         assert state.outcome is not None
         assert state.next_action is not None
         print(
-            f"warning: {where}: {_named(state.outcome.exception())}; attempt "
+            f"warning: {where}: {masked(_named(state.outcome.exception()))}; attempt "
             f"{state.attempt_number + 1} of {ATTEMPTS} in {state.next_action.sleep:.1f} s",
             file=sys.stderr,
             flush=True,

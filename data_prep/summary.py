@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.command import masked
 from data_prep.durable import write_durably
 from data_prep.shards import Manifest
 
@@ -67,12 +68,12 @@ def report_losses(folder: Path, generation: int, read: Mapping[str, Any]) -> Non
         path.unlink(missing_ok=True)  # of a preparation that was given up, of other text
         return
     names = ("url", "offset", "reason", "bytes")
-    lines = [json.dumps(dict(zip(names, fault, strict=True))) for fault in faults]
+    lines = [masked(json.dumps(dict(zip(names, fault, strict=True)))) for fault in faults]
     write_durably(path, "\n".join(lines) + "\n")
     url, offset, reason, _ = faults[0]
     print(
         f"warning: {len(faults)} places cannot be read and are left out; {path} lists them, the "
-        f"first is {url} at {offset}: {reason}",
+        f"first is {masked(url)} at {offset}: {masked(reason)}",
         file=sys.stderr,
     )
 

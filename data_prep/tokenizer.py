@@ -78,7 +78,7 @@ class Tokenizer:
 
         logging.set_verbosity_error()  # "sequence longer than the maximum" is what we cut ourselves
         try:
-            loaded: Any = AutoTokenizer.from_pretrained(source)
+            loaded: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:  # a damaged tokenizer.json raises a bare Exception
             raise ConfigError(
                 f"the tokenizer {source!r} does not load ({one_line(error)}); name a hub id or a "
@@ -88,6 +88,11 @@ class Tokenizer:
             raise ConfigError(
                 f"the tokenizer {source!r} has no fast (tokenizer.json) form, which batches need; "
                 "convert it with transformers first"
+            )
+        if not loaded.get_vocab().keys() - set(loaded.all_special_tokens):
+            raise ConfigError(  # transformers makes an empty one of a folder without it
+                f"the tokenizer {source!r} knows special tokens only, so all text would be "
+                "unknown; name a folder with tokenizer.json in prep.tokenizer or teacher.model"
             )
         framed: list[int] = loaded("")["input_ids"]
         pad_id: int | None = loaded.pad_token_id

@@ -22,8 +22,13 @@ from data_prep.pack import FRAME
 from data_prep.spill import Counts, Spills
 from data_prep.tokenizer import Tokenizer
 
+# `language` is a place in the list of all languages, `pool` one in `Prep.pools`.
 TOKENISED = np.dtype(
-    [*KEY, ("language", "<u2"), ("chars", "<u4"), ("tokens", "<u4"), ("offset", "<u8")]
+    [
+        *KEY,
+        *(("language", "<u2"), ("pool", "<u2")),
+        *(("chars", "<u4"), ("tokens", "<u4"), ("offset", "<u8")),
+    ]
 )
 BATCH_BYTES = 4 << 20  # text tokenised at a time
 MAPPED_BYTES = 128 << 20  # of ids that stay mapped: all of a group of small partitions
@@ -55,10 +60,13 @@ class UniqueDocuments:
 
 
 def unique_documents(spills: Spills, partition: int, counts: Counts) -> UniqueDocuments:
-    """Of documents with one text, keep the alphabetically first language's; count the others."""
+    """Of documents with one text, keep the alphabetically first language's; count the others.
+
+    Within a language, that of the pool with the largest weight stays.
+    """
     records, texts = spills.read(partition)
     starts = np.cumsum(records["bytes"], dtype=np.int64) - records["bytes"]
-    order = np.lexsort((records["language"], records["lo"], records["hi"]))
+    order = np.lexsort([records[name] for name in ("pool", "language", "lo", "hi")])
     found = UniqueDocuments(records[order], starts[order], texts)
     hi, lo = found.records["hi"], found.records["lo"]
     again = np.zeros(len(order), dtype=bool)
@@ -117,7 +125,7 @@ def tokenise(
     lines = _removed_lines(removals.lines, partition)
     documents = documents.where(np.argsort(documents.records["language"], kind="stable"))
     table = np.zeros(len(documents.records), dtype=TOKENISED)
-    for name in ("hi", "lo", "language", "chars"):
+    for name in ("hi", "lo", "language", "pool", "chars"):
         table[name] = documents.records[name]
     with write_container(path) as writer:
         writer.append("tokens", np.zeros(0, tokenizer.dtype))
@@ -136,7 +144,7 @@ def tokenise(
         counts.drop_records(spills.languages, table[silent & (table["chars"] > 0)], "no_tokens")
         table = table[~silent]
         writer.append("documents", table)
-        _write_statistics(writer, spills, table, prep.seq_len)
+        _write_statistics(writer, spills, table, prep)
         writer.facts["counts"] = counts.to_json()
 
 
@@ -201,16 +209,23 @@ def draw_of(records: npt.NDArray[np.void]) -> npt.NDArray[np.int64]:
     return (records["lo"] >> np.uint64(64 - DRAWS.bit_length() + 1)).astype(np.int64)
 
 
+def tokens_of_draws(records: npt.NDArray[np.void], prep: Prep) -> npt.NDArray[np.int64]:
+    """[pools, DRAWS] framed tokens of TOKENISED records."""
+    shape = (len(prep.pools), DRAWS)
+    places = np.ravel_multi_index((records["pool"].astype(np.int64), draw_of(records)), shape)
+    tokens = framed(records["tokens"], prep.seq_len)
+    sums = np.bincount(places, weights=tokens, minlength=shape[0] * shape[1])
+    return sums.astype(np.int64).reshape(shape)
+
+
 def _write_statistics(
-    writer: ContainerWriter, spills: Spills, table: npt.NDArray[np.void], seq_len: int
+    writer: ContainerWriter, spills: Spills, table: npt.NDArray[np.void], prep: Prep
 ) -> None:
-    """For each language that is there: documents, and framed tokens of each draw."""
+    """For each language that is there: documents, and framed tokens of each pool and draw."""
     present = np.unique(table["language"]).tolist()
     for place in present:
-        records = table[table["language"] == place]
-        weights = framed(records["tokens"], seq_len)
-        tokens = np.bincount(draw_of(records), weights=weights, minlength=DRAWS)
-        writer.append(f"draws/{spills.languages[place]}", tokens.astype("<i8"))
+        tokens = tokens_of_draws(table[table["language"] == place], prep)
+        writer.append(f"draws/{spills.languages[place]}", tokens.reshape(-1))
     writer.facts["documents"] = {
         spills.languages[place]: int((table["language"] == place).sum()) for place in present
     }
@@ -258,9 +273,10 @@ class TokenFiles:
         return totals
 
     def draws(self) -> dict[str, npt.NDArray[np.int64]]:
-        """Framed tokens of each language's draws, [DRAWS]."""
-        totals = {language: np.zeros(DRAWS, dtype=np.int64) for language in self.languages}
+        """Framed tokens of each language that is there, [pools, DRAWS]."""
+        totals: dict[str, npt.NDArray[np.int64]] = {}
         for file in self._files:
             for language in file.facts["documents"]:
-                totals[language] += file.read(f"draws/{language}")
-        return totals
+                found = file.read(f"draws/{language}").reshape(-1, DRAWS)
+                totals[language] = totals.get(language, np.int64(0)) + found
+        return dict(sorted(totals.items()))

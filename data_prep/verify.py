@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import collections
 import hashlib
 import sys
@@ -14,13 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.command import EXIT_FAILED, EXIT_FINISHED, ConfigError, RunError, run_command
+from data_prep.command import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    ConfigError,
+    OptionParser,
+    RunError,
+    run_command,
+)
 from data_prep.shards import MANIFEST, Manifest, Shard, id_dtype, manifests, parse_block
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the folder; exit status 1 and the list of what is broken where anything is."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.verify", description=__doc__)
+    parser = OptionParser(prog="python -m data_prep.verify", description=__doc__)
     parser.add_argument("shards", type=Path, help="folder that holds manifest.json")
     folder: Path = parser.parse_args(argv).shards
     if not (folder / MANIFEST).is_file():

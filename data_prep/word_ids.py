@@ -20,12 +20,14 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.compiled import UncompiledError, compile_library
+from data_prep.plain_chars import ALONE, NUM_CODE_POINTS, SEPARATOR, plain_chars
 
 FLAGS = "-O3 -march=native".split()
 SOURCE = Path(__file__).parent / "native" / "word_ids.c"
-SEPARATOR = "\u2ffb"  # between new words; as in native/text.h
 SPACE = "\u2581"
-NUM_CODE_POINTS = 0x110000
+NORMALIZED_CHARS = 1 << 20  # at a time: the library's normaliser takes some forty bytes for each
+LONGEST_PIECE = 0xFFFF  # bytes; as in native/unigram.h
+BETWEEN_LETTERS = re.compile(f"(?<=[{ALONE}])(?=[{ALONE}])")
 PLANES_WITH_KINDS = 0x40000  # no code point above is a letter, a number, white space, punctuation
 OTHER, LETTER, NUMBER, WHITE = range(4)  # as in native/bpe.h
 
@@ -69,7 +71,8 @@ class WordIds:
         self._learn = library[f"{kind}_learn"]
         first = parts(content["pre_tokenizer"])[0]
         self._adds_space = first["type"] == "ByteLevel" and first["add_prefix_space"]
-        self._words = ctypes.c_void_p(library.words_new())
+        self._plain_chars = plain_chars(parts(content["normalizer"]), self._normalizer)
+        self._words = ctypes.c_void_p(library.words_new(_at(self._plain_chars)))
         weakref.finalize(self, library.words_free, self._words)
 
     def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
@@ -118,15 +121,24 @@ class WordIds:
         out = None
         self._library.words_begin(self._words)
         while self._library.words_find(self._words, joined, _at(ends), num_texts, *found):
-            if num_bytes.value:
-                new = ctypes.string_at(missing, num_bytes.value)
-                if self._normalizer is not None:
-                    new = self._normalizer.normalize_str(new.decode()).encode()
-                self._learn(self._words, self._model, new, ctypes.c_int64(len(new)))
+            new = ctypes.string_at(missing, num_bytes.value) if num_bytes.value else b""
+            if new:
+                new = self._normalize(new.decode())
+            self._learn(self._words, self._model, new, ctypes.c_int64(len(new)))
             out = self._library.words_put(self._words, _at(lengths), ctypes.byref(used))
         if not used.value:
             return np.empty(0, np.uint32), lengths
         return np.ctypeslib.as_array(out, (used.value,)).copy(), lengths
+
+    def _normalize(self, text: str) -> bytes:
+        """Normalised text in UTF-8; a long one in parts, as the library takes much memory."""
+        parts, start = [], 0
+        while start < len(text):
+            between = BETWEEN_LETTERS.search(text, start + NORMALIZED_CHARS)
+            stop = between.start() if between else len(text)
+            parts.append(self._normalizer.normalize_str(text[start:stop]).encode())
+            start = stop
+        return b"".join(parts)
 
 
 def _model(library: ctypes.CDLL, content: Mapping[str, Any]) -> tuple[str, int]:
@@ -189,6 +201,8 @@ def _unigram(library: ctypes.CDLL, model: Mapping[str, Any], metaspace: Mapping[
     if unk_id is None or not np.isfinite(scores).all() or scores.min() >= 10:
         raise UnsupportedError("its model has no unknown token, or scores that no training gives")
     ids = {piece: id_ for id_, (piece, _) in enumerate(vocab)}  # of equal pieces, the last
+    if max(len(piece.encode()) for piece in ids) > LONGEST_PIECE:
+        raise UnsupportedError(f"its model has a piece of more than {LONGEST_PIECE} bytes")
     unk_score = ctypes.c_double(scores.min() - 10)  # 10 is the library's penalty
     new: int = library.unigram_new(
         *_pieces(ids), _at(scores), ctypes.c_int64(len(scores)), unk_id, unk_score

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -29,11 +30,20 @@ from pipeline.checkpoint import (
     State,
     check_identity,
     identity,
+    is_foreign,
     shards_digest_of,
     tag_of,
 )
-from pipeline.collectives import copy_from_rank_0, on_rank_0
-from pipeline.config import ROOT, Recipe, check_layer, check_world, plain, read_ds_config
+from pipeline.collectives import copy_from_rank_0, gather, on_rank_0
+from pipeline.config import (
+    ROOT,
+    Recipe,
+    check_layer,
+    check_world,
+    plain,
+    public,
+    read_ds_config,
+)
 from pipeline.engine import Engine, init_distributed, merge_ds_config
 from pipeline.export import CONFIG, save_start
 from pipeline.initialise import check_start
@@ -63,18 +73,25 @@ from pipeline.stopping import StopRequest
 from pipeline.topology import Topology
 from pipeline.trimmed_tokenizer import trimmed_tokenizer
 from pipeline.vocabulary import Vocabulary, choose_vocabulary, in_words
+from pipeline.watchdog import Watchdog
 
 LOCK_PATIENCE = 120.0  # seconds: ranks of a launcher that died still finish and save their step
 
 
 def assemble(
-    recipes: Sequence[Recipe], stop: StopRequest, *, deepspeed: str, allow_change: list[str]
+    recipes: Sequence[Recipe],
+    stop: StopRequest,
+    watchdog: Watchdog,
+    *,
+    deepspeed: str,
+    allow_change: list[str],
 ) -> list[Run]:
     """Check everything, connect the ranks, and start or restore the runs.
 
     Args:
         recipes: checked by themselves, of students that share the teacher's pass: one or several.
         stop: installed when the process began.
+        watchdog: is started when the ranks are connected and the shards are there.
         deepspeed: path of the DeepSpeed JSON.
         allow_change: keys that may differ from the checkpoint's.
 
@@ -95,7 +112,10 @@ def assemble(
             # Before the ranks connect: a dying run still holds the port.
             _claim(Path(recipe.output_dir))
     device = init_distributed(topology)
+    for recipe in recipes:
+        _check_implementation(recipe, device)
     on_rank_0(lambda: _prepare_if_missing(first))
+    watchdog.start(topology)
     for student in students:
         student.saved = student.checkpoints.newest()
     saved = next((student.saved for student in students if student.saved is not None), None)
@@ -119,6 +139,15 @@ def assemble(
         )
         on_rank_0(functools.partial(_write_start, student, topology, shards_digest))
     return _build(students, reader, topology, device, stop)
+
+
+def _check_implementation(recipe: Recipe, device: torch.device) -> None:
+    interpreted = "TRITON_INTERPRET" in os.environ
+    if recipe.objective.relation_kl == "triton" and device.type != "cuda" and not interpreted:
+        raise ConfigError(
+            "objective.relation_kl=triton needs a GPU, and there is none here; use auto, which "
+            "chooses it where there is one"
+        )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -173,7 +202,11 @@ def _check_student(
         objective=objective,
         target=Target(objective.teacher_needs, layer),
         checkpoints=Checkpoints(
-            Path(recipe.output_dir), topology, keep=recipe.train.keep_checkpoints
+            Path(recipe.output_dir),
+            topology,
+            keep=recipe.train.keep_checkpoints,
+            keep_every=recipe.train.keep_every,
+            max_failed_saves=recipe.train.max_failed_saves,
         ),
     )
 
@@ -198,7 +231,7 @@ def _build(
     rows = reader.manifest.heldout_rows  # 0 of a language with a single document
     heldout = {language: loader.heldout(language) for language, n in rows.items() if n}
     teacher = load_teacher(recipe, device, [student.target for student in students])
-    is_first = topology.rank == 0
+    is_first, hosts = topology.rank == 0, gather(platform.node())
     runs: list[Run] = []
     for student in students:
         engine, state = _engine(student, topology, device)
@@ -216,6 +249,7 @@ def _build(
                 heldout=heldout,
                 objective=student.objective,
                 teacher=functools.partial(teacher.of, student.target),
+                teacher_weights=teacher.replicas,
                 engine=engine,
                 checkpoints=student.checkpoints,
                 metrics=_metrics(student, state) if is_first else None,
@@ -229,7 +263,9 @@ def _build(
                     position=len(runs),
                     disable=None if is_first else True,
                 ),
+                hosts=hosts,
                 tokens_logged=state.tokens,
+                steps_logged=state.step,
             )
         )
     return runs
@@ -279,12 +315,12 @@ def _engine(student: _Student, topology: Topology, device: torch.device) -> tupl
         )
         state = State(step=0, tokens=0, world_size=topology.world_size, identity=student.identity)
         return Engine(encoder, recipe, student.ds_config, load_universal=False), state
-    foreign = checkpoints.is_foreign(saved)
+    state = dataclasses.replace(saved, world_size=topology.world_size, identity=student.identity)
+    foreign = is_foreign(saved, state)
     engine = Engine(encoder, recipe, student.ds_config, load_universal=foreign)
-    checkpoints.restore(engine, saved)
+    checkpoints.restore(engine, saved, foreign=foreign)
     if topology.rank == 0:
         print(f"resuming from {checkpoints.folder / tag_of(saved.step)}", flush=True)
-    state = dataclasses.replace(saved, world_size=topology.world_size, identity=student.identity)
     return engine, state
 
 
@@ -299,9 +335,15 @@ def _claim(output_dir: Path) -> None:
     Raises:
         ConfigError: another process keeps the folder.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
-    # Never closed: the lock lasts as long as the process.
-    descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        # Never closed: the lock lasts as long as the process.
+        descriptor = os.open(output_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir={output_dir} cannot be written ({error.strerror}), so the run would leave "
+            "nothing; name a folder that can be"
+        ) from error
     deadline = time.monotonic() + LOCK_PATIENCE
     while True:
         with contextlib.suppress(BlockingIOError):
@@ -390,7 +432,7 @@ def _already_finished(recipe: Recipe, state: State) -> None:
 def _write_start(student: _Student, topology: Topology, shards_digest: str) -> None:
     recipe, vocabulary = student.recipe, student.vocabulary_facts
     output_dir, ds_config = Path(recipe.output_dir), student.ds_config
-    write_durably(output_dir / CONFIG, yaml.safe_dump(plain(recipe), sort_keys=False))
+    write_durably(output_dir / CONFIG, yaml.safe_dump(public(recipe), sort_keys=False))
     write_durably(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
     facts = {**provenance(recipe, topology, shards_digest), "vocabulary": vocabulary}
     if vocabulary is not None:

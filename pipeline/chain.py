@@ -30,7 +30,8 @@ from pipeline.config import (
     as_arguments,
     check_names,
     load_recipe,
-    plain,
+    public,
+    read_ds_config,
 )
 from pipeline.launching import run_training
 
@@ -71,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run what is left of the chain that the command line names."""
     chain = read_chain(sys.argv[1:] if argv is None else argv)
     check_chain(chain)
+    read_ds_config(chain.deepspeed)
     # All recipes are looked at first: a typo in the last one would show days later.
     recipes = [
         load_recipe(stage_arguments(chain, number))[0] for number in range(len(chain.stages))
@@ -157,7 +159,7 @@ def is_complete(recipe: Recipe) -> bool:
     if not (output_dir / "student" / "model.safetensors").exists():
         return False
     written = yaml.safe_load((output_dir / "config.yaml").read_text(encoding="utf-8"))
-    return bool(written == plain(recipe))
+    return bool(written == public(recipe))
 
 
 if __name__ == "__main__":

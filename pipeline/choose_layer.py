@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.command import EXIT_FINISHED, ConfigError, run_command
+from data_prep.command import EXIT_FINISHED, ConfigError, OptionParser, run_command
 from pipeline.config import Recipe, load_recipe
 from pipeline.launching import run_training
 
@@ -26,7 +26,7 @@ RESULT, PLOT = "choose_layer.json", "choose_layer.png"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Distil briefly from each candidate layer, rank them, print a table, write a plot."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m pipeline.choose_layer",
         description="Rank the teacher's layers to learn from. Other arguments are train.py's.",
         allow_abbrev=False,
@@ -35,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of each")
     parser.add_argument("--launcher", default="deepspeed", help="what starts pipeline/train.py")
     options, arguments = parser.parse_known_args(argv)
+    if options.steps < 1:
+        raise ConfigError(f"--steps {options.steps} is below 1, so nothing would train; use more")
     recipe, _ = load_recipe(arguments)
     layers = candidates(recipe, options.layers)
     status = distil(recipe, arguments, layers, options)

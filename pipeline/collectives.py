@@ -29,13 +29,6 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def all_max(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise maximum over ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
 @torch.no_grad()
 def copy_from_rank_0(tensors: Iterable[torch.Tensor], device: torch.device) -> None:
     """Overwrite tensors with rank 0's, one at a time.

@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 from jsonargparse import ArgumentParser, Namespace
 
-from data_prep.command import ConfigError, parse_recipe
-from data_prep.config import Prep
+from data_prep.command import ConfigError, masked, parse_recipe
+from data_prep.config import MAX_SEED, Prep
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_RECIPE = ROOT / "recipes" / "demo.yaml"
 DEFAULT_DS_CONFIG = ROOT / "ds_configs" / "zero2.json"
+HANG_SECONDS = (5.0, 1500.0)  # shortest and longest; COLLECTIVE_TIMEOUT is beyond
 PAPER_WEIGHTS = {
     "minilmv2": {"qq": 1.0, "kk": 1.0, "vv": 1.0},
     "minilm": {"at": 1.0, "vr": 1.0},
@@ -28,6 +29,8 @@ TERMS = {
     "minilm": ("at", "vr", "hh"),
     "distilbert": ("ce", "mlm", "cos"),
 }
+
+RELATIONS = (*TERMS["minilmv2"], *TERMS["minilm"][:2])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +183,9 @@ class Train:
         adam_eps: of AdamW.
         max_grad_norm: global gradient norm that gradients are clipped to.
         save_every: steps between checkpoints.
-        keep_checkpoints: complete checkpoints that are kept.
+        keep_checkpoints: complete checkpoints that are kept, the newest.
+        keep_every: checkpoints of steps that are its multiples are kept besides; 0 is none.
+        max_failed_saves: checkpoints in a row that cannot be written before the run ends.
         log_every: steps between lines of metrics.jsonl.
         eval_every: steps between held-out losses; 0 is never.
         compile: let torch.compile fuse the layers of both models, over batches of one shape; for
@@ -198,9 +203,36 @@ class Train:
     max_grad_norm: float = 1.0
     save_every: int = 1000
     keep_checkpoints: int = 3
+    keep_every: int = 0
+    max_failed_saves: int = 3
     log_every: int = 10
     eval_every: int = 1000
     compile: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watch:
+    """What is looked for while a run goes on; docs/detection.md.
+
+    Args:
+        hang_seconds: without any rank going on, after which all are ended and the one that is
+            behind is named; null waits on.
+        straggler_percent: that a rank's own work may take longer than the median of the others'
+            before a line says so.
+        on_loss_spike: what follows a loss far over those of the steps before: warn, a line that
+            names step and rows, or skip, the line and no update of the weights.
+        loss_spike_mads: median absolute deviations over the median that are far.
+        loss_spike_window: steps before, of which these are taken.
+        check_corruption_every: steps between two checks that all ranks compute the same from the
+            same rows and hold the same weights; null is never.
+    """
+
+    hang_seconds: float | None = 1200.0
+    straggler_percent: float = 50.0
+    on_loss_spike: Literal["warn", "skip"] = "warn"
+    loss_spike_mads: float = 10.0
+    loss_spike_window: int = 64
+    check_corruption_every: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +262,7 @@ class Recipe:
         objective: what of the teacher is imitated.
         prep: how raw text becomes shards.
         data: what the student is trained on.
+        watch: what is looked for while a run goes on.
         students: several students, each trained as if it were alone; empty is the one that the
             recipe describes.
     """
@@ -242,6 +275,7 @@ class Recipe:
     objective: Objective = dataclasses.field(default_factory=Objective)
     prep: Prep = dataclasses.field(default_factory=Prep)
     data: Data = dataclasses.field(default_factory=Data)
+    watch: Watch = dataclasses.field(default_factory=Watch)
     students: list[Variant] = dataclasses.field(default_factory=list)
 
     @property
@@ -319,10 +353,12 @@ def load_recipes(argv: Sequence[str] | None) -> tuple[list[Recipe], Namespace]:
         ConfigError: as `load_recipe`, or a variant that is not one.
     """
     recipe, options = load_recipe(argv)
+    _ = recipe.shards  # raises where there are none
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    _check_warmup(recipe.train, arguments)
     if not recipe.students:
         return [recipe], options
     check_names("students", [variant.name for variant in recipe.students])
-    arguments = list(sys.argv[1:] if argv is None else argv)
     recipes = []
     for variant in recipe.students:
         if foreign := [key for key in variant.set if not key.startswith(tuple(VARIANT_KEYS))]:
@@ -332,6 +368,7 @@ def load_recipes(argv: Sequence[str] | None) -> tuple[list[Recipe], Namespace]:
             )
         own = [*as_arguments(variant.set), f"--output_dir={recipe.output_dir}/{variant.name}"]
         recipes.append(load_recipe([*arguments, *own, "--students=[]"])[0])
+        _check_warmup(recipes[-1].train, [*arguments, *own])
     if len({recipe.objective.masks for recipe in recipes}) > 1:
         raise ConfigError(
             "students: some objectives mask the text and others do not, or another share of it, "
@@ -345,10 +382,26 @@ def load_recipes(argv: Sequence[str] | None) -> tuple[list[Recipe], Namespace]:
     return recipes, options
 
 
+def _check_warmup(train: Train, arguments: Sequence[str]) -> None:
+    """Refuse a warm-up that outlasts the run, which would never reach its learning rate.
+
+    The default goes with any length, and a command line may cut a recipe's run short.
+    """
+    if train.warmup_steps <= train.max_steps or train.warmup_steps == Train.warmup_steps:
+        return
+    given = {argument.partition("=")[0] for argument in arguments}
+    if "--train.max_steps" in given and "--train.warmup_steps" not in given:
+        return
+    raise ConfigError(
+        f"train.warmup_steps={train.warmup_steps} is more than train.max_steps={train.max_steps}, "
+        "so the learning rate would never reach its peak; use fewer, a hundredth or a tenth"
+    )
+
+
 def check_names(key: str, names: Sequence[str]) -> None:
     """Refuse names that are not those of folders of their own."""
     for name in names:
-        if name in ("", ".", "..") or "/" in name:
+        if name in ("", ".", "..") or "/" in name or not name.isprintable():
             raise ConfigError(f"{key} has the name {name!r}, which is no folder's; use letters")
         if names.count(name) > 1:
             raise ConfigError(
@@ -364,6 +417,16 @@ def as_arguments(keys: Mapping[str, Any]) -> list[str]:
     ]
 
 
+AT_MOST = {
+    "seed": MAX_SEED - 1,
+    "train.max_steps": 10**8 - 1,  # eight digits name a checkpoint
+    "train.batch_size": 2**31 - 1,
+    "student.num_hidden_layers": 2**10,
+    "student.hidden_size": 2**16,
+    "student.intermediate_size": 2**20,
+}
+
+
 def check_recipe(recipe: Recipe) -> None:
     """Refuse what cannot work, by rules that need neither models nor data.
 
@@ -371,14 +434,24 @@ def check_recipe(recipe: Recipe) -> None:
         ConfigError: naming the key, its value, the rule and the remedy.
     """
     train, student, objective = recipe.train, recipe.student, recipe.objective
+    flat = flatten(recipe)
     if not recipe.output_dir.strip():
         raise ConfigError("output_dir is empty, so there is nowhere to write; name a folder")
+    for folder in (Path(recipe.output_dir), *Path(recipe.output_dir).parents):
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(
+                f"output_dir={recipe.output_dir} cannot be a folder, since {folder} is a file; "
+                "name another one"
+            )
+    if not recipe.teacher.model.strip():
+        raise ConfigError("teacher.model is empty, so nobody teaches; name a hub id or a folder")
     at_least_one: dict[str, int] = {
         "train.max_steps": train.max_steps,
         "train.batch_size": train.batch_size,
         "train.micro_batch_size": train.micro_batch_size,
         "train.save_every": train.save_every,
         "train.keep_checkpoints": train.keep_checkpoints,
+        "train.max_failed_saves": train.max_failed_saves,
         "train.log_every": train.log_every,
         "student.num_hidden_layers": student.num_hidden_layers,
         "student.hidden_size": student.hidden_size,
@@ -386,13 +459,21 @@ def check_recipe(recipe: Recipe) -> None:
         "student.intermediate_size": student.intermediate_size,
         "student.vocabulary_min_count": student.vocabulary_min_count,
         "objective.num_relation_heads": objective.num_relation_heads,
+        "watch.loss_spike_window": recipe.watch.loss_spike_window,
     }
     for key, value in at_least_one.items():
         if value < 1:
             raise ConfigError(f"{key}={value} is below 1, so nothing would train; use 1 or more")
+    for key, most in AT_MOST.items():
+        if flat[key] > most:
+            raise ConfigError(
+                f"{key}={flat[key]} is above {most}, beyond what names, numbers or memory hold; "
+                "use less"
+            )
     not_negative: dict[str, float] = {
         "train.warmup_steps": train.warmup_steps,
         "train.eval_every": train.eval_every,
+        "train.keep_every": train.keep_every,
         "train.weight_decay": train.weight_decay,
         "seed": recipe.seed,
     }
@@ -406,10 +487,23 @@ def check_recipe(recipe: Recipe) -> None:
         "objective.temperature": objective.temperature,
         "objective.mlm_probability": objective.mlm_probability,
         "data.cache_gb": recipe.data.cache_gb,
+        "watch.straggler_percent": recipe.watch.straggler_percent,
+        "watch.loss_spike_mads": recipe.watch.loss_spike_mads,
     }
     for key, number in positive.items():
         if not (number > 0 and math.isfinite(number)):
             raise ConfigError(f"{key}={number} is not a positive number; use one above 0")
+    if train.learning_rate > 1:
+        raise ConfigError(
+            f"train.learning_rate={train.learning_rate} is above 1, and AdamW moves every weight "
+            "by about as much in each step; use 1e-5 to 1e-2"
+        )
+    if train.learning_rate * train.weight_decay >= 1:
+        raise ConfigError(
+            f"train.weight_decay={train.weight_decay} times train.learning_rate="
+            f"{train.learning_rate} is 1 or more, so that every step would wipe the weights out; "
+            "use 0.01 (usual)"
+        )
     shares = {
         "train.adam_betas[0]": train.adam_betas[0],
         "train.adam_betas[1]": train.adam_betas[1],
@@ -421,6 +515,7 @@ def check_recipe(recipe: Recipe) -> None:
         if not 0 <= number < 1:
             raise ConfigError(f"{key}={number} is outside 0 <= x < 1; use a value in that range")
     _check_weights(objective)
+    _check_watch(recipe.watch)
     _check_init(student)
     _check_vocabulary(student)
     if not student.model and student.hidden_size % student.num_attention_heads:
@@ -434,6 +529,22 @@ def check_recipe(recipe: Recipe) -> None:
             f"train.micro_batch_size={train.micro_batch_size} does not divide "
             f"train.batch_size={train.batch_size}, so a step would miss rows; use one of "
             f"{divisors(train.batch_size)}"
+        )
+
+
+def _check_watch(watch: Watch) -> None:
+    every = watch.check_corruption_every
+    if every is not None and every < 1:
+        raise ConfigError(
+            f"watch.check_corruption_every={every} is below 1, so nothing would be checked; use 1 "
+            "or more, or null to say so"
+        )
+    shortest, longest = HANG_SECONDS
+    if watch.hang_seconds is not None and not shortest <= watch.hang_seconds <= longest:
+        raise ConfigError(
+            f"watch.hang_seconds={watch.hang_seconds} is outside {shortest:g} <= x <= {longest:g}: "
+            "in less, a busy host may not answer, and after more, the ranks' connections give up "
+            "by themselves; use a value in that range, or null to have only the latter"
         )
 
 
@@ -471,13 +582,11 @@ def _check_vocabulary(student: Student) -> None:
 
 
 def _check_weights(objective: Objective) -> None:
-    key, terms = f"objective.{objective.weights_key}", TERMS[objective.name]
-    stated: dict[str, float] = getattr(objective, objective.weights_key)
-    if unknown := sorted(stated.keys() - set(terms)):
-        raise ConfigError(
-            f"{key} has {unknown[0]!r}, which is not a term of {objective.name}; use "
-            f"{', '.join(terms)}"
-        )
+    for unused, terms in (("relations", RELATIONS), ("losses", TERMS["distilbert"])):
+        if unused != objective.weights_key:  # but nothing else may stand there
+            _check_terms(f"objective.{unused}", getattr(objective, unused), terms, "any objective")
+    key, stated = f"objective.{objective.weights_key}", getattr(objective, objective.weights_key)
+    _check_terms(key, stated, TERMS[objective.name], objective.name)
     if not all(math.isfinite(w) and w >= 0 for w in stated.values()) or not objective.weights:
         paper = ", ".join(f"{t}: {w:g}" for t, w in PAPER_WEIGHTS[objective.name].items())
         raise ConfigError(
@@ -488,6 +597,13 @@ def _check_weights(objective: Objective) -> None:
         raise ConfigError(
             f"{key}={stated} leaves predictions out, so the student's prediction head would not "
             "train; give ce or mlm a weight above 0"
+        )
+
+
+def _check_terms(key: str, stated: Mapping[str, float], terms: Sequence[str], of: str) -> None:
+    if unknown := sorted(stated.keys() - set(terms)):
+        raise ConfigError(
+            f"{key} has {unknown[0]!r}, which is not a term of {of}; use {', '.join(terms)}"
         )
 
 
@@ -523,7 +639,8 @@ def check_layer(recipe: Recipe, teacher_layers: int) -> None:
 
 def divisors(number: int) -> list[int]:
     """All divisors, ascending."""
-    return [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
 
 
 def flatten(section: Any, prefix: str = "") -> dict[str, Any]:
@@ -544,6 +661,20 @@ def plain(recipe: Recipe) -> dict[str, Any]:
     return content
 
 
+def public(recipe: Recipe) -> dict[str, Any]:
+    """`plain`, without the secrets that URLs may hold: what a run's folder says of it."""
+    content: dict[str, Any] = _masked(plain(recipe))
+    return content
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _masked(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_masked(part) for part in value]
+    return masked(value) if isinstance(value, str) else value
+
+
 def read_ds_config(path: str) -> dict[str, Any]:
     """The DeepSpeed JSON that the command line names.
 
@@ -551,13 +682,40 @@ def read_ds_config(path: str) -> dict[str, Any]:
         ConfigError: it cannot be read or is not a JSON object.
     """
     try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
+        config = json.loads(
+            Path(path).read_text(encoding="utf-8"),
+            object_pairs_hook=_object,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except OSError as error:
         raise ConfigError(
             f"--deepspeed {path} cannot be read ({error.strerror}); name one of ds_configs/*.json"
         ) from error
     except ValueError as error:
         raise ConfigError(f"--deepspeed {path} is not JSON ({error}); correct it") from error
+    except RecursionError as error:
+        raise ConfigError(
+            f"--deepspeed {path} is not JSON that can be read (it nests too deeply); correct it"
+        ) from error
     if not isinstance(config, dict):
-        raise ConfigError(f"--deepspeed {path} holds {type(config).__name__}, not a JSON object")
+        raise ConfigError(
+            f"--deepspeed {path} holds {type(config).__name__}, not a JSON object; see "
+            "ds_configs/zero2.json"
+        )
     return config
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand there once: the last of several would silently win."""
+    names = [name for name, _ in pairs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"key {twice[0]!r} stands there twice")
+    return dict(pairs)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that JSON has, or no finite one")
+    return number

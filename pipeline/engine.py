@@ -1,13 +1,15 @@
-"""The DeepSpeed seam: what its JSON may say, the engine around the student, its sharded files."""
+"""The DeepSpeed seam: the engine around the student, and its sharded files."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import copy
 import dataclasses
 import io
+import math
 import os
+import pickle
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -17,123 +19,18 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch.profiler import record_function
 
 from data_prep.command import ConfigError, RunError, one_line
-from pipeline.config import Recipe, flatten
+from pipeline.config import Recipe
+from pipeline.ds_config import merge_ds_config as merge_ds_config
 from pipeline.fused_layers import fuse
 from pipeline.loader import Batch
 from pipeline.models import Encoder
 from pipeline.objectives import Compared, of_text
+from pipeline.progress import part
 from pipeline.topology import Topology
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longest a rank waits, e.g. while rank 0 prepares text
-KNOWN_KEYS = frozenset(
-    "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps "
-    "gradient_clipping optimizer bf16 fp16 data_types zero_optimization communication_data_type "
-    "prescale_gradients gradient_predivide_factor comms_logger flops_profiler "
-    "wall_clock_breakdown memory_breakdown dump_state steps_per_print "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio seed".split()
-)
-
-
-def merge_ds_config(policy: Mapping[str, Any], recipe: Recipe, world_size: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: the policy file with every "auto" replaced by the recipe's value.
-
-    The optimizer block is checked and left out: AdamW is built here, with the recipe's values, so
-    that biases and layer norms do not decay.
-
-    Raises:
-        ConfigError: a key that is unknown (DeepSpeed would ignore it), a literal that contradicts
-            the recipe, or a combination that trains wrongly.
-    """
-    config = copy.deepcopy(dict(policy))
-    if unknown := sorted(config.keys() - KNOWN_KEYS):
-        raise ConfigError(
-            f"ds_config key {unknown[0]!r} is not one this project passes on (DeepSpeed ignores "
-            f"unknown keys silently); remove it, or use one of {', '.join(sorted(KNOWN_KEYS))}"
-        )
-    for section in ("optimizer", "bf16", "fp16", "data_types", "zero_optimization"):
-        if not isinstance(config.get(section, {}), dict):
-            raise ConfigError(f"ds_config {section}={config[section]!r} is not a JSON object")
-    train = recipe.train
-    _check_optimizer(config.pop("optimizer", {}), recipe)
-    decided = {
-        "train_batch_size": ("train.batch_size", train.batch_size),
-        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
-        "gradient_accumulation_steps": (
-            "train.batch_size / (train.micro_batch_size x ranks)",
-            recipe.accumulation_steps(world_size),
-        ),
-        "gradient_clipping": ("train.max_grad_norm", train.max_grad_norm),
-    }
-    for key, (recipe_key, value) in decided.items():
-        _check_literal(key, config.get(key, "auto"), recipe_key, value)
-        config[key] = value
-    _check_precision_and_stage(config)
-    if train.compile and config["zero_optimization"]["stage"] == 3:
-        raise ConfigError(
-            "train.compile=true and ZeRO stage 3 do not go together (its hooks fetch weights "
-            "inside the layers that would be compiled); use stage 1 or 2"
-        )
-    if leftover := sorted(k for k, v in flatten(config).items() if v == "auto"):
-        raise ConfigError(
-            f'ds_config {leftover[0]}="auto" is not decided by the recipe; give it a value or '
-            "remove it for DeepSpeed's default"
-        )
-    return config
-
-
-def _check_literal(key: str, literal: Any, recipe_key: str, value: Any) -> None:
-    same = literal == value and not isinstance(literal, bool)
-    if literal != "auto" and not same:
-        raise ConfigError(
-            f"ds_config {key}={literal} contradicts {recipe_key}={value} of the recipe; write "
-            f'"auto" there, or change the recipe'
-        )
-
-
-def _check_optimizer(optimizer: dict[str, Any], recipe: Recipe) -> None:
-    if unknown := sorted(optimizer.keys() - {"type", "params"}):
-        raise ConfigError(f"ds_config optimizer.{unknown[0]} is not used; remove it")
-    kind, params = optimizer.get("type", "AdamW"), optimizer.get("params", {})
-    if str(kind).lower() != "adamw":
-        raise ConfigError(
-            f"ds_config optimizer.type={kind!r} is not AdamW, which this project trains with; "
-            "write AdamW or remove the block"
-        )
-    if not isinstance(params, dict):
-        raise ConfigError(f"ds_config optimizer.params={params!r} is not a JSON object")
-    decided = {
-        "lr": ("train.learning_rate", recipe.train.learning_rate),
-        "betas": ("train.adam_betas", list(recipe.train.adam_betas)),
-        "eps": ("train.adam_eps", recipe.train.adam_eps),
-        "weight_decay": ("train.weight_decay", recipe.train.weight_decay),
-    }
-    if unknown := sorted(params.keys() - decided.keys() - {"torch_adam", "adam_w_mode"}):
-        raise ConfigError(
-            f"ds_config optimizer.params.{unknown[0]} is not used; remove it (known: "
-            f"{', '.join(decided)})"
-        )
-    for key, (recipe_key, value) in decided.items():
-        _check_literal(f"optimizer.params.{key}", params.get(key, "auto"), recipe_key, value)
-
-
-def _check_precision_and_stage(config: dict[str, Any]) -> None:
-    enabled = [p for p in ("bf16", "fp16") if config.get(p, {}).get("enabled", False)]
-    if len(enabled) == 2:
-        raise ConfigError("ds_config enables bf16 and fp16; a student has one precision: drop one")
-    if not config.get("bf16", {}).get("check_grad_overflow", True):
-        raise ConfigError(
-            "ds_config bf16.check_grad_overflow=false lets a non-finite gradient into the weights; "
-            "remove it"
-        )
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if isinstance(stage, bool) or stage not in (1, 2, 3):
-        raise ConfigError(
-            f"ds_config zero_optimization.stage={stage} is not 1, 2 or 3 (stage 0 with bf16 takes "
-            "wrong first Adam steps in DeepSpeed 0.19.8); use 1, which does the same arithmetic"
-        )
 
 
 def init_distributed(topology: Topology) -> torch.device:
@@ -257,6 +154,11 @@ class Engine:
             raise ConfigError(
                 f"DeepSpeed refuses the ds_config ({one_line(error)}); correct that key"
             ) from error
+        # DeepSpeed's writer, so that `snapshot` gets what would be written.
+        self._files: dict[str, memoryview] = {}
+        self._engine.checkpoint_engine.save = self._keep_file
+        self._engine.checkpoint_engine.makedirs = lambda path, exist_ok: None
+        self._engine._copy_recovery_script = lambda folder: None
         if words is not None and self.stage < 3:  # which clears sums in a step's first pass alone
             words.is_last = self._engine.is_gradient_accumulation_boundary
 
@@ -264,13 +166,13 @@ class Engine:
         """Dropout on or off."""
         self._engine.train(mode)
 
-    @record_function("student")
+    @part("student")
     def __call__(self, batch: Batch) -> Compared:
         """What the student gives of the batch."""
         outputs: Compared = self._engine(*batch.inputs)
         return of_text(outputs, batch.num_tokens)
 
-    @record_function("backward")
+    @part("backward")
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate the gradient of `loss` / accumulation steps, averaged over ranks."""
         self._engine.backward(loss)
@@ -279,7 +181,7 @@ class Engine:
         """Tell DeepSpeed that a micro-batch other than the step's last one is done."""
         self._engine.step()
 
-    @record_function("optimizer")
+    @part("optimizer")
     def step(self, learning_rate: float) -> StepResult:
         """Clip, update the weights, clear the gradient; a non-finite gradient updates nothing."""
         for group in self._engine.optimizer.param_groups:
@@ -290,18 +192,52 @@ class Engine:
             applied=self._engine.was_step_applied(),
         )
 
-    def save(self, folder: Path, tag: str) -> None:
-        """Every rank writes its shard into folder/tag; returns after all have."""
+    @part("optimizer")
+    def skip_step(self) -> StepResult:
+        """Clear the gradient and update nothing, on all ranks at once.
+
+        DeepSpeed does so where the gradient's norm is not finite, so it is told that this one is
+        not. It would also lower fp16's loss scale, which has nothing to do with it.
+        """
+        optimizer = self._engine.optimizer
+        with (
+            mock.patch(f"{type(optimizer).__module__}.is_invalid_grad_norm", return_value=True),
+            mock.patch.object(optimizer, "_update_scale", create=True),
+        ):
+            self._engine.step()
+        assert not self._engine.was_step_applied()
+        return StepResult(grad_norm=math.inf, applied=False)
+
+    def replicas(self) -> list[torch.Tensor]:
+        """The weights that every rank has a whole copy of: all, or under stage 3 none."""
+        return [] if self.stage == 3 else [p.detach() for p in self._engine.module.parameters()]
+
+    def snapshot(self, tag: str) -> dict[str, memoryview]:
+        """What this rank has to write of a checkpoint, by file name; called by all ranks at once.
+
+        The copy is in host memory and touches no disk: training may go on when this returns.
+
+        Args:
+            tag: the checkpoint's name, of which all ranks have to have the same.
+        """
+        self._files = {}
         with _quiet():
-            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+            self._engine.save_checkpoint("memory", tag=tag, save_latest=False)
+        files, self._files = self._files, {}
+        return files
+
+    def _keep_file(self, state_dict: Mapping[str, Any], path: str) -> None:
+        stream = io.BytesIO()
+        torch.save(state_dict, stream)
+        self._files[Path(path).name] = stream.getbuffer()
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore weights and optimizer from folder/tag.
 
         Raises:
-            RunError: DeepSpeed finds nothing there.
+            RunError: DeepSpeed finds nothing there, or something that it would have to run.
         """
-        with _quiet():
+        with _quiet(), _refusing_code(folder / tag):
             loaded, _ = self._engine.load_checkpoint(str(folder), tag=tag)
         if loaded is None:
             raise RunError(f"DeepSpeed finds no checkpoint in {folder / tag}; it is damaged")
@@ -321,8 +257,38 @@ class Engine:
             group["weight_decay"] = weight_decay
 
 
+@contextlib.contextmanager
+def _refusing_code(path: Path) -> Iterator[None]:
+    """Have torch.load take tensors and plain values only, whatever DeepSpeed asks it for.
+
+    Its files are pickles, which may name any function to be called with any arguments.
+
+    Raises:
+        RunError: a file under `path` names something else.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+    try:
+        with (
+            mock.patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"),
+            torch.serialization.safe_globals(allowed),
+        ):
+            os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)  # would contradict
+            yield
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise RunError(
+            f"{path} holds {named[1] if named else 'something'} besides tensors and plain values, "
+            "which loading would run: it is not what training writes and is not loaded; delete "
+            "that checkpoint to go on from the one before"
+        ) from error
+
+
 def convert_to_universal(folder: Path, tag: str, destination: Path) -> None:
-    """Write folder/tag to destination/tag in the form that any number of ranks can load.
+    """Write folder/tag to destination/tag in the form that any ranks and ZeRO stage can load.
 
     Raises:
         RunError: DeepSpeed's converter fails.
@@ -341,13 +307,52 @@ def convert_to_universal(folder: Path, tag: str, destination: Path) -> None:
         inject_missing_state=True,
     )
     try:
-        with _quiet(), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            _quiet(),
+            contextlib.redirect_stderr(io.StringIO()),
+            _refusing_code(folder / tag),
+        ):
             ds_to_universal.main(options)
+            _fit_every_stage(destination / tag)
+    except RunError:
+        raise
     except Exception as error:  # whatever it meets in damaged files
         raise RunError(
-            f"{folder / tag} cannot be converted for another number of ranks ({one_line(error)}); "
-            "resume with the number that it was written by"
+            f"{folder / tag} cannot be converted for other ranks or another ZeRO stage "
+            f"({one_line(error)}); resume with those that it was written by"
         ) from error
+
+
+def _fit_every_stage(folder: Path) -> None:
+    """Add to a universal checkpoint what the other ZeRO stages read.
+
+    DeepSpeed 0.19.8 writes what the stage needs that it comes from: 3 has the optimizer's step in a
+    nest of its own and bare tensors, 1 and 2 have a step and dicts of tensors for each parameter.
+    The model's file, of which a universal load takes counters only, has another name in each.
+    """
+    import deepspeed
+
+    path = folder / "zero" / "optimizer_state.pt"
+    state = torch.load(path)
+    parameters = [file.parent for file in sorted(folder.glob("zero/*/fp32.pt"))]
+    if "optimizer_state_dict" in state:
+        step = state["optimizer_state_dict"]["state"][0]["step"]
+        for parameter in parameters:
+            for name in ("fp32", "exp_avg", "exp_avg_sq"):
+                torch.save(
+                    {"param": torch.load(parameter / f"{name}.pt")}, parameter / f"{name}.pt"
+                )
+            torch.save(step, parameter / "step.pt")
+        state["ds_version"] = deepspeed.__version__
+    else:
+        step = torch.load(parameters[0] / "step.pt")
+        groups = state["param_groups"]
+        state["optimizer_state_dict"] = {"state": {0: {"step": step}}, "param_groups": groups}
+    torch.save(state, path)
+    names = {"mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"}
+    there = next(name for name in names if (folder / name).exists())
+    for name in names - {there}:
+        shutil.copyfile(folder / there, folder / name)
 
 
 def read_weights(
@@ -380,8 +385,7 @@ def _universal_weights(folder: Path, shapes: Mapping[str, torch.Size]) -> dict[s
         path = folder / f"model.{name}" / "fp32.pt"
         if not path.exists():
             raise RunError(f"the checkpoint has no parameter {name!r}: it is of another student")
-        stored = torch.load(path, weights_only=True)
-        flat = stored["param"] if isinstance(stored, dict) else stored
+        flat = torch.load(path, weights_only=True)["param"]
         if flat.numel() != shape.numel():
             raise RunError(
                 f"the checkpoint has {name!r} with {flat.numel()} values, not {tuple(shape)}: it "

@@ -20,7 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from data_prep.command import EXIT_FINISHED, ConfigError, run_command
+from data_prep.command import EXIT_FINISHED, ConfigError, OptionParser, run_command
 from pipeline.checkpoint import State, newest_state, read_state, tag_of
 from pipeline.config import Recipe, load_recipe
 from pipeline.engine import read_weights
@@ -47,7 +47,7 @@ AddFormats = Callable[[Path], dict[str, Any] | None]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Export a run's newest checkpoint, the one that is named, or a model of any origin."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m pipeline.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -134,8 +134,8 @@ def _read_run(run: Path, checkpoint: str | None) -> tuple[Recipe, State]:
     recipe, _ = load_recipe(["--config", str(run / CONFIG)])
     folder = run / "checkpoints"
     if checkpoint:
-        if not (folder / checkpoint).is_dir():
-            known = sorted(p.name for p in folder.glob("step-*"))
+        known = sorted(path.name for path in folder.glob("step-*") if path.is_dir())
+        if checkpoint not in known:
             raise ConfigError(f"--checkpoint {checkpoint} is not one of {', '.join(known)}")
         return recipe, read_state(folder / checkpoint)
     newest = newest_state(folder)

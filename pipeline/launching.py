@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,15 +31,9 @@ def run_training(launcher: str, arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: there is no such launcher.
     """
-    command = [*shlex.split(launcher), str(ROOT / "pipeline" / "train.py"), *arguments]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    try:
-        process = subprocess.Popen(command, env={**os.environ, "PATH": path})
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"the launcher {launcher!r} is not installed ({error.filename}); run `make setup`, or "
-            "name another one"
-        ) from error
+    command = [*_words(launcher, path), str(ROOT / "pipeline" / "train.py"), *arguments]
+    process = subprocess.Popen(command, env={**os.environ, "PATH": path})
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         # The deepspeed launcher would die of it; one rank that is asked to stop stops all. Ranks
@@ -52,6 +47,22 @@ def run_training(launcher: str, arguments: Sequence[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _words(launcher: str, path: str) -> list[str]:
+    """The launcher and its options, where there is such a command on `path`."""
+    try:
+        words = shlex.split(launcher)
+    except ValueError as error:
+        raise ConfigError(
+            f"the launcher {launcher!r} is no command line ({error}); correct its quotes"
+        ) from error
+    if not words or shutil.which(words[0], path=path) is None:
+        raise ConfigError(
+            f"the launcher {launcher!r} is not installed, so nothing can be started; run `make "
+            "setup`, or name another one"
+        )
+    return words
 
 
 def _local_ranks(launcher: int) -> list[psutil.Process]:

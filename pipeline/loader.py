@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn.functional import pad
-from torch.profiler import record_function
 
 from data_prep.block_cache import BlockCache
 from data_prep.command import RunError
@@ -22,6 +21,7 @@ from data_prep.shards import ShardReader
 from pipeline.assignment import DataOrder
 from pipeline.config import Recipe
 from pipeline.masking import Masking
+from pipeline.progress import part
 from pipeline.topology import Topology
 
 CACHED_BLOCKS = 16  # a batch spans few blocks; neighbours in a step are read again in the next
@@ -227,7 +227,7 @@ class Loader:
         first = self.order.rows(step, 0, rank, world_size)
         return range(first.start, first.start + self.order.batch_size // world_size)
 
-    @record_function("data")
+    @part("data")
     def micro_batches(self, step: int) -> list[Batch]:
         """What this rank reads for a 0-based step.
 
@@ -243,14 +243,17 @@ class Loader:
     def _read_step(self, step: int) -> list[Batch]:
         if self._reader.is_remote:
             self._fetch(step)
-        rank, world_size = self._topology.rank, self._topology.world_size
-        batches = []
-        for micro_step in range(self._num_micro_steps):
-            positions = self.order.rows(step, micro_step, rank, world_size)
-            row_ids = tuple(self.order.row_ids(positions))
-            batch = self._assemble(self.order.runs(positions), None, positions.start, row_ids)
-            batches.append(batch.pinned() if torch.cuda.is_available() else batch)
-        return batches
+        batches = [
+            self.micro_batch(step, micro_step, self._topology.rank)
+            for micro_step in range(self._num_micro_steps)
+        ]
+        return [b.pinned() for b in batches] if torch.cuda.is_available() else batches
+
+    def micro_batch(self, step: int, micro_step: int, rank: int) -> Batch:
+        """Any rank's micro-batch of any 0-based step."""
+        positions = self.order.rows(step, micro_step, rank, self._topology.world_size)
+        row_ids = tuple(self.order.row_ids(positions))
+        return self._assemble(self.order.runs(positions), None, positions.start, row_ids)
 
     def heldout(self, language: str) -> list[Batch]:
         """A language's held-out rows as batches of micro_batch_size, the last one shorter."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -14,10 +15,13 @@ from torch.profiler import record_function
 from data_prep.command import (
     EXIT_FINISHED,
     EXIT_STOPPED,
+    ElsewhereError,
     RunError,
 )
-from pipeline.collectives import agree, all_max, on_rank_0
+from pipeline.collectives import agree, all_sum, on_rank_0
+from pipeline.corruption import check_corruption
 from pipeline.loader import Batch, Count
+from pipeline.progress import PROGRESS
 from pipeline.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -33,20 +37,41 @@ def train(runs: Sequence[Run], after_step: Callable[[], object]) -> int:
 
     Returns:
         The exit status: finished, or stopped on request with a checkpoint saved.
+
+    Raises:
+        RunError: as `train_step` does, after a checkpoint that was begun is written; or
+            checkpoints cannot be written.
     """
-    train = runs[0].recipe.train
+    try:
+        return _train(runs, after_step)
+    except (RunError, ElsewhereError):  # which all ranks know of: none is missing in a collective
+        for run in runs:
+            run.checkpoints.wait()
+        raise
+
+
+def _train(runs: Sequence[Run], after_step: Callable[[], object]) -> int:
+    train, check_every = runs[0].recipe.train, runs[0].recipe.watch.check_corruption_every
     while (done := min(run.state.step for run in runs)) < train.max_steps:
         behind = [run for run in runs if run.state.step == done]  # a kill can part them
         stop = train_step(behind)
         after_step()
         done, is_last = done + 1, done + 1 == train.max_steps
+        if check_every and done % check_every == 0:  # before anything is kept of it
+            PROGRESS.begin("comparison of ranks")
+            check_corruption(behind)
         for run in behind:
             if train.eval_every and (is_last or done % train.eval_every == 0):
+                PROGRESS.begin("evaluation")
                 run.evaluate()
             if is_last or stop or done % train.save_every == 0:
+                PROGRESS.begin("saving")
                 run.save()
         if stop and not is_last:
+            for run in runs:
+                run.checkpoints.finish()
             return EXIT_STOPPED
+    PROGRESS.begin("finishing")
     for run in runs:
         run.finish()
     return EXIT_FINISHED
@@ -67,6 +92,7 @@ def train_step(runs: Sequence[Run]) -> bool:
     """
     started = time.perf_counter()
     step, loader = runs[0].state.step, runs[0].loader
+    PROGRESS.begin("reading", step=step + 1)
     batches: list[Batch] = []
 
     def read() -> Count:
@@ -76,26 +102,37 @@ def train_step(runs: Sequence[Run]) -> bool:
     count = Count.sum(agree(read))  # over all ranks; damaged data on one rank ends all of them
     parts: list[list[torch.Tensor]] = [[] for _ in runs]
     for number, batch in enumerate(batches):
+        size = f"{batch.num_tokens} tokens, {len(batch.row_ids)} rows"
+        PROGRESS.begin(f"micro-batch {number + 1} of {len(batches)} ({size})")
         batch = batch.to(runs[0].device)
         for run, parts_of_run in zip(runs, parts, strict=True):
             parts_of_run.append(imitate(run, batch, count, len(batches)))
             if number < len(batches) - 1:
                 run.engine.between_micro_batches()
     parts_per_batch = [torch.stack(parts_of_run) for parts_of_run in parts]
-    stop = check_step(runs, parts_per_batch, batches)
-    for run, parts_of_step in zip(runs, parts_per_batch, strict=True):
+    PROGRESS.begin("agreement")
+    stop, is_saving, losses = check_step(runs, parts_per_batch, batches)
+    own_seconds = PROGRESS.own_seconds()
+    for run, is_run_saving in zip(runs, is_saving, strict=True):
+        if not is_run_saving:
+            run.checkpoints.settle()
+    for run, means in zip(runs, losses, strict=True):
         train = run.recipe.train
+        PROGRESS.begin("update")
         rate = learning_rate(step, train)
-        result = run.engine.step(rate)
-        if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
-            on_rank_0(functools.partial(refuse_gradient, run))
+        if run.leaves_out(loss := run.loss(means)):
+            result = run.engine.skip_step()
+        else:
+            result = run.engine.step(rate)
+            if not result.applied and not run.engine.fp16:  # fp16 lowers its loss scale instead
+                on_rank_0(functools.partial(refuse_gradient, run))
         if run.row_log is not None:
             rows = [row for batch in batches for row in batch.row_ids]
             run.row_log.write({"step": step + 1, "rows": rows})
-        run.advance(count.tokens, time.perf_counter() - started)
+        run.advance(count.tokens, loss, time.perf_counter() - started, own_seconds)
         done = run.state.step
         if done % train.log_every == 0 or done in (1, train.max_steps):
-            run.log(parts_of_step.sum(0), rate, result)
+            run.log(means, rate, result)
     return stop
 
 
@@ -132,27 +169,34 @@ def dropout_seed(seed: int, batch: Batch) -> int:
 
 def check_step(
     runs: Sequence[Run], parts_per_batch: Sequence[torch.Tensor], batches: Sequence[Batch]
-) -> bool:
-    """Let all ranks agree that every loss is finite, and whether to stop after this step.
+) -> tuple[bool, list[bool], list[list[float]]]:
+    """Let all ranks agree that every loss is finite, what it is, and what to do after this step.
 
     Args:
         runs: the students'.
-        parts_per_batch: of each student [batches, terms], what this rank's batches add to the
+        parts_per_batch: of each student [batches, terms] fp64, what this rank's batches add to the
             step's losses.
         batches: this rank's batches of the step.
+
+    Returns:
+        Whether any rank was asked to stop; of each student whether any rank is still writing its
+        checkpoint; and of each the terms of the step's loss.
 
     Raises:
         RunError: on the rank whose loss is not finite, naming step, rank and rows.
     """
     first = runs[0]
     finite = [parts.isfinite().all(dim=1) for parts in parts_per_batch]
-    flags = torch.stack(
-        [~torch.cat(finite).all(), torch.tensor(first.stop.requested(), device=first.device)]
-    )
-    is_bad, stop = all_max(flags.int()).bool().tolist()
-    if is_bad:
+    sums = [parts.sum(0) for parts in parts_per_batch]
+    is_wanted = [first.stop.requested(), *(run.checkpoints.is_busy for run in runs)]
+    is_bad = ~torch.cat(finite).all()
+    flags = torch.stack([is_bad, *torch.tensor(is_wanted, device=first.device).unbind()])
+    num_bad, num_asked, *rest = all_sum(torch.cat([flags.double(), *sums])).tolist()
+    if num_bad:
         agree(lambda: refuse_loss(runs, [of_run.tolist() for of_run in finite], batches))
-    return bool(stop)
+    num_saving, terms = rest[: len(runs)], iter(rest[len(runs) :])
+    losses = [list(itertools.islice(terms, len(parts))) for parts in sums]
+    return num_asked > 0, [number > 0 for number in num_saving], losses
 
 
 def refuse_loss(

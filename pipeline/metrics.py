@@ -8,8 +8,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from data_prep.command import RunError
+
 METRICS = "metrics.jsonl"
-TIMING_KEYS = frozenset({"tokens_per_second", "seconds"})  # all that may differ between equal runs
+# All that may differ between equal runs.
+TIMING_KEYS = frozenset(
+    {"tokens_per_second", "seconds", "own_ms_median", "own_ms_slowest", "slowest_rank"}
+)
 
 
 class JsonLines:
@@ -43,15 +48,24 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a torn last line is left out."""
+    """The whole lines of a metrics file; a torn last line is left out.
+
+    Raises:
+        RunError: a line is no object with a step.
+    """
     if not path.exists():
         return []
-    lines = []
+    lines: list[dict[str, Any]] = []
     for raw in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(raw)
         except ValueError:
             break  # torn by a kill; nothing follows it
+        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            raise RunError(
+                f"{path} is damaged: its line {len(lines) + 1} is no object with a step; remove "
+                "that line"
+            )
         lines.append(line)
     return lines
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 from transformers import (
     AttentionInterface,
     AutoConfig,
@@ -36,6 +35,7 @@ from pipeline.initialise import WORDS, copied_layers, projected_layers, start_la
 from pipeline.loader import Batch
 from pipeline.objectives import QKV, Compared, Outputs, Predictions, of_text
 from pipeline.prepacked import can_prepack, prepack
+from pipeline.progress import part
 
 logging.set_verbosity_error()  # what it warns of (heads that are not loaded) is checked here
 logging.disable_progress_bar()
@@ -303,6 +303,11 @@ class TeacherModel:
         self._targets = list(dict.fromkeys(targets))
         self._last: tuple[Batch, dict[Target, Compared]] | None = None
 
+    def replicas(self) -> list[torch.Tensor]:
+        """The weights, of which every rank has a whole copy; without those laid out for oneDNN."""
+        tensors = [*self._encoder.parameters(), *self._encoder.buffers()]
+        return [tensor.detach() for tensor in tensors if tensor.layout == torch.strided]
+
     def __call__(self, batch: Batch) -> Compared:
         """What the teacher gives of the batch, where there is one target; nothing is kept."""
         (target,) = self._targets
@@ -315,7 +320,7 @@ class TeacherModel:
             self._last = batch, self._run(batch, batch.inputs)
         return self._last[1][target]
 
-    @record_function("teacher")
+    @part("teacher")
     @torch.inference_mode()
     def _run(self, batch: Batch, inputs: tuple[Any, ...]) -> dict[Target, Compared]:
         # `inputs` are made before: torch.compile tells tensors of inference mode from others.
@@ -327,12 +332,13 @@ class TeacherModel:
         return {target: of_text(outputs, batch.num_tokens) for target, outputs in found.items()}
 
 
-def read_config(key: str, source: str) -> Any:
+def read_config(key: str, source: str, *, with_weights: bool = True) -> Any:
     """The transformers configuration of a hub id or folder.
 
     Args:
         key: recipe key that names it, for the message.
         source: hub id or folder.
+        with_weights: a folder has to have weights too, which will be read later.
 
     Raises:
         ConfigError: nothing is there, or its architecture is not known here.
@@ -347,7 +353,7 @@ def read_config(key: str, source: str) -> Any:
             "`save_pretrained` wrote"
         )
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"{key}={source!r} does not load ({one_line(error)}); give a folder that exists or a "
@@ -355,6 +361,22 @@ def read_config(key: str, source: str) -> Any:
         ) from error
     if reason := refusal(config.model_type):
         raise ConfigError(f"{key}={source!r} is a {config.model_type!r} model, {reason}")
+    if getattr(config, "is_decoder", False):
+        raise ConfigError(
+            f"{key}={source!r} has is_decoder=true in its config.json, so its tokens attend to "
+            "earlier ones only, and it would be run as an encoder; name an encoder"
+        )
+    for name, value in architecture_of(config).shape(config).items():
+        if value < 1:
+            raise ConfigError(
+                f"{key}={source!r} has {name}={value} in its config.json, which is no model; name "
+                "another folder, or mend it"
+            )
+    if with_weights and path.is_dir() and not any(path.glob("*.safetensors")):
+        raise ConfigError(
+            f"{key}={source!r} has no *.safetensors, the only weights that are read (others can "
+            "hold programs); convert them with transformers' save_pretrained"
+        )
     return config
 
 
@@ -570,6 +592,26 @@ def num_word_embeddings(folder: Path) -> int:
     return int(model.get_input_embeddings().weight.numel())
 
 
+def meta_encoder(config: Any, needs: type[Compared], projections: str = "qkv") -> Encoder:
+    """An encoder as a run has it, on the meta device: for counting, without memory.
+
+    Args:
+        config: of the student, or of the teacher up to its last layer that is used.
+        needs: of the objective.
+        projections: of the objective, for a student.
+    """
+    with torch.device("meta"):
+        model = _auto_class(needs).from_config(config, attn_implementation=PACKED)
+        return pack_encoder(model, needs, projections)
+
+
+def cut_config(config: Any, layer: int) -> Any:
+    """A copy of a configuration whose last layer is the 1-based `layer`."""
+    config = copy.deepcopy(config)
+    architecture_of(config).set_num_layers(config, layer)
+    return config
+
+
 def _auto_class(needs: type[Compared]) -> Any:
     return AutoModelForMaskedLM if needs is Predictions else AutoModel
 
@@ -589,6 +631,8 @@ def _load(
             dtype=dtype,
             attn_implementation=PACKED,
             output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,  # others are pickles, which can hold programs
         )
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
@@ -609,7 +653,8 @@ def _load(
 
 def load_whole(source: str, device: torch.device) -> Any:
     """An ordinary encoder in fp32 with transformers' own attention, for comparison."""
-    return AutoModel.from_pretrained(source, dtype=torch.float32).eval().to(device)
+    model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
+    return model.eval().to(device)
 
 
 class NamedOutputs(nn.Module):
@@ -742,7 +787,7 @@ def load_tokenizer(source: str) -> Any:
         ConfigError: none loads from there.
     """
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(
             f"the tokenizer {source!r} does not load ({one_line(error)}); set prep.tokenizer to "

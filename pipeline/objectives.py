@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
-from torch.profiler import record_function
 
 from data_prep.command import ConfigError
 from pipeline.config import Recipe, divisors
 from pipeline.loader import Batch, Count
+from pipeline.progress import part
 from pipeline.relation_kl import relation_kl
 
 
@@ -130,7 +130,7 @@ class _Relations(DistillationObjective):
         if self.needs is QKV:  # an output depends on all three
             self.projections = "".join(letter for letter in "qkv" if letter in letters)
 
-    @record_function("loss")
+    @part("loss")
     def losses(
         self, student: QKV | Outputs, teacher: QKV | Outputs, batch: Batch
     ) -> dict[str, torch.Tensor]:
@@ -266,7 +266,7 @@ class DistilBERT(DistillationObjective):
         """Masked tokens, and all of them for the cosine."""
         return {term: count.tokens if term == "cos" else count.masked for term in self.weights}
 
-    @record_function("loss")
+    @part("loss")
     def losses(self, student: Predictions, teacher: Any, batch: Batch) -> dict[str, torch.Tensor]:
         """See `DistillationObjective.losses`; where nothing is masked "ce" and "mlm" are 0."""
         assert batch.masked is not None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from data_prep.command import masked
 from pipeline.config import ROOT, Recipe
 from pipeline.topology import Topology
 
@@ -20,9 +21,12 @@ PACKAGES = ("deepspeed", "torch", "transformers", "tokenizers", "webdataset", "n
 
 
 def provenance(recipe: Recipe, topology: Topology, shards_digest: str) -> dict[str, Any]:
-    """Versions, commit, hardware and digests. Nothing of the environment: it holds secrets."""
+    """Versions, commit, hardware and digests. Nothing of the environment: it holds secrets.
+
+    The command's own are masked.
+    """
     return {
-        "command": sys.argv,
+        "command": [masked(argument) for argument in sys.argv],
         "python": platform.python_version(),
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
@@ -36,6 +40,17 @@ def provenance(recipe: Recipe, topology: Topology, shards_digest: str) -> dict[s
         "shards_digest": shards_digest,
         "teacher_digest": _folder_digest(recipe.teacher.model),
     }
+
+
+def software() -> dict[str, str | None]:
+    """What has to be the same on all nodes of a run: versions, and the clone's commit."""
+    packages = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **packages, "commit": _git("rev-parse", "HEAD")}
+
+
+def processor(device: torch.device) -> str:
+    """The name of what computes on a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
 
 
 def _git(*arguments: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import io
 import json
@@ -14,7 +13,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
-from data_prep.command import EXIT_FINISHED, ConfigError, run_command
+from data_prep.command import EXIT_FINISHED, ConfigError, OptionParser, run_command
 from pipeline.metrics import METRICS, read_lines
 
 INFERENCE = "inference.json"
@@ -24,7 +23,7 @@ _COLOURS = ("#2a6f97", "#c8553d", "#588157", "#7b2d8b", "#bc8a00")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write RUN/report.html of the first run, comparing all that are named."""
-    parser = argparse.ArgumentParser(prog="python -m pipeline.report", description=__doc__)
+    parser = OptionParser(prog="python -m pipeline.report", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output_dir of a run")
     runs: list[Path] = parser.parse_args(argv).runs
     for run in runs:

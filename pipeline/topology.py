@@ -9,6 +9,17 @@ from pathlib import Path
 
 from data_prep.command import ConfigError
 
+_LAUNCHERS = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_",
+    "MASTER_",
+    "CROSS_",
+    "PMI_",
+    "OMPI_COMM_",
+    "MV2_COMM_",
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
@@ -78,9 +89,31 @@ class Topology:
             os.sched_setaffinity(0, self.cpus)
 
 
+def take_rank() -> tuple[int, int]:
+    """This process's place among independent ones, and their number.
+
+    What a launcher says of ranks is taken out of the environment, where libraries would find it and
+    wait for the others, and of several GPUs one is kept.
+    """
+    env = os.environ
+    rank = launched_rank()
+    number = int(env.get("WORLD_SIZE") or env.get("SLURM_STEP_NUM_TASKS") or 1)
+    local = int(env.get("LOCAL_RANK") or env.get("SLURM_LOCALID") or 0)
+    visible = env.get("CUDA_VISIBLE_DEVICES", str(local)).split(",")
+    env["CUDA_VISIBLE_DEVICES"] = visible[local % len(visible)]
+    for name in [name for name in env if name.startswith(_LAUNCHERS)]:
+        del env[name]
+    return rank, number
+
+
 def launched_rank() -> int:
     """This process's rank before anything is checked, to decide who speaks."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+def rendezvous() -> tuple[str, int]:
+    """Host and port of the store by which the ranks found each other."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
 def _free_port() -> int:

@@ -16,30 +16,43 @@ sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if Path(p).resolve() != 
 from collections.abc import Sequence
 
 from data_prep.command import EXIT_FINISHED, run_command, skip_unreachable_hub
-from pipeline.config import load_recipes
+from pipeline.config import check_world, load_recipes, read_ds_config
+from pipeline.ds_config import merge_ds_config
 from pipeline.stopping import StopRequest
-from pipeline.topology import launched_rank
+from pipeline.topology import Topology, launched_rank
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train the recipe that the command line names, to its end or until asked to stop."""
     stop = StopRequest()  # first of all: a signal during start-up is a request too
     recipes, options = load_recipes(argv)
+    world_size = Topology.from_environment().world_size
     for recipe in recipes:
+        check_world(recipe, world_size)
+        merge_ds_config(read_ds_config(options.deepspeed), recipe, world_size)
         skip_unreachable_hub(recipe.teacher.model, recipe.student.model, recipe.prep.tokenizer)
     # They load torch and transformers: a typo is refused before.
     from pipeline.assemble import assemble
     from pipeline.collectives import disconnect, naming_lost_ranks
+    from pipeline.faults import naming_faults
     from pipeline.loop import train
     from pipeline.profiling import profiling
+    from pipeline.watchdog import Watchdog
 
-    with naming_lost_ranks(launched_rank()):
+    output_dir = Path(options.output_dir)
+    watchdog = Watchdog(output_dir, recipes[0].watch.hang_seconds)
+    rank = launched_rank()
+    with naming_lost_ranks(rank), naming_faults(recipes[0], rank), watchdog:
         runs = assemble(
-            recipes, stop, deepspeed=options.deepspeed, allow_change=options.allow_change
+            recipes,
+            stop,
+            watchdog,
+            deepspeed=options.deepspeed,
+            allow_change=options.allow_change,
         )
         status = EXIT_FINISHED
         if runs:
-            folder, rank = Path(options.output_dir) / "profile", runs[0].topology.rank
+            folder = output_dir / "profile"
             with profiling(folder, enabled=options.profile, rank=rank) as after_step:
                 status = train(runs, after_step)
         disconnect()

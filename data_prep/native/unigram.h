@@ -7,16 +7,13 @@
 #define SPACE "\xE2\x96\x81" /* U+2581 */
 
 typedef struct {
-  double score;
-  int32_t from, id; /* bytes back; 0 is not reached yet */
-} Best;
-
-typedef struct {
   Growing units;
   double *scores; /* of ids */
   int32_t unk_id;
   double unk_score;
-  Growing best, spelled, path; /* Best, uint8, int32: of one word */
+  double *best; /* of the places of a word up to the longest piece ahead, in turn */
+  int64_t mask; /* places that `best` holds, less one */
+  Growing back, spelled; /* uint16: bytes back to the place before, 0 is not reached yet; uint8 */
 } Unigram;
 
 Unigram *unigram_new(const uint8_t *bytes, const int64_t *ends, const int32_t *ids,
@@ -25,63 +22,87 @@ Unigram *unigram_new(const uint8_t *bytes, const int64_t *ends, const int32_t *i
   Unigram *unigram = calloc(1, sizeof *unigram);
   if (!unigram || !(unigram->scores = malloc(num_ids * sizeof *scores))) abort();
   memcpy(unigram->scores, scores, num_ids * sizeof *scores);
-  unigram->units = new_trie((Pieces){bytes, ends, ids}, num_pieces);
+  const Pieces pieces = {bytes, ends, ids};
+  unigram->units = new_trie(pieces, num_pieces);
   unigram->unk_id = unk_id;
   unigram->unk_score = unk_score;
+  int64_t places = 8; /* more than the bytes of a piece or character */
+  for (int64_t i = 0; i < num_pieces; i++)
+    while (places <= ends[i] - piece_start(&pieces, i)) places *= 2;
+  if (!(unigram->best = malloc(places * sizeof *unigram->best))) abort();
+  unigram->mask = places - 1;
   return unigram;
 }
 
 void unigram_free(Unigram *unigram) {
   free(unigram->units.data);
   free(unigram->scores);
-  free(unigram->best.data);
+  free(unigram->best);
+  free(unigram->back.data);
   free(unigram->spelled.data);
-  free(unigram->path.data);
   free(unigram);
 }
 
 /* The places of a word from `origin` on, of which those up to `end` now exist. */
-static inline Best *reach_to(Unigram *unigram, int64_t end, int64_t origin, int64_t *reach) {
-  if (end <= *reach) return unigram->best.data;
-  Best *best = grow(&unigram->best, end - origin + 1, sizeof *best);
-  while (*reach < end) best[++*reach - origin].from = 0;
-  return best;
+static inline uint16_t *reach_to(Unigram *unigram, int64_t end, int64_t origin, int64_t *reach) {
+  if (end <= *reach) return unigram->back.data;
+  uint16_t *back = grow(&unigram->back, end - origin + 1, sizeof *back);
+  while (*reach < end) back[++*reach - origin] = 0;
+  return back;
 }
 
-static inline void offer(Best *best, double score, int32_t from, int32_t id) {
-  if (best->from && score <= best->score) return;
-  *best = (Best){score, from, id};
+static inline void offer(Unigram *unigram, uint16_t *back, int64_t end, double score,
+                         int64_t from) {
+  double *best = unigram->best + (end & unigram->mask);
+  if (*back && score <= *best) return;
+  *best = score;
+  *back = from;
 }
 
-/* Append the ids of the best path that ends at `end`, where one of unknown characters is one. */
-static int put_path(Unigram *unigram, const Best *best, int64_t end, int after_unk, Growing *out) {
-  unigram->path.used = 0;
-  for (int64_t at = end; at > 0; at -= best[at].from)
-    append(&unigram->path, &best[at].id, 1, sizeof best->id);
-  const int32_t *path = unigram->path.data;
-  uint32_t *ids = grow(out, unigram->path.used, sizeof *ids);
-  for (int64_t i = unigram->path.used; i-- > 0;) {
-    const int is_unk = path[i] == unigram->unk_id;
-    if (!(is_unk && after_unk)) *ids++ = path[i], out->used++;
+/* The id of a piece, or that of unknown characters where there is none. */
+static inline int32_t id_of(const Unigram *unigram, const uint8_t *piece, int64_t bytes) {
+  const Unit *units = unigram->units.data;
+  int32_t node = 0;
+  for (int64_t i = 0; i < bytes; i++)
+    if (!(node = step(units, node, piece[i]))) return unigram->unk_id;
+  return units[node].id < 0 ? unigram->unk_id : units[node].id;
+}
+
+/* Append the ids of the best path over `text` to its place `end`, one for unknown ones in a row. */
+static int put_path(Unigram *unigram, const uint8_t *text, int64_t end, int after_unk,
+                    Growing *out) {
+  const uint16_t *back = unigram->back.data;
+  int64_t count = 0;
+  for (int64_t at = end; at > 0; at -= back[at]) count++;
+  int32_t *ids = grow(out, count, sizeof *ids), *kept = ids;
+  int64_t i = count;
+  for (int64_t at = end; at > 0; at -= back[at])
+    ids[--i] = id_of(unigram, text + at - back[at], back[at]);
+  for (; i < count; i++) {
+    const int is_unk = ids[i] == unigram->unk_id;
+    if (!(is_unk && after_unk)) *kept++ = ids[i];
     after_unk = is_unk;
   }
+  out->used += kept - ids;
   return after_unk;
 }
 
 /* Append the ids of a word by the path of the largest sum of scores; of equal ones, the one found
    first. Scores are added from the word's beginning on, in double precision, since another order
-   rounds otherwise. Wherever no piece goes on, what lies behind is decided and put out. */
+   rounds otherwise. Wherever no piece goes on, what lies behind is decided and put out. A place
+   costs two bytes, as a word can be millions of characters: its score is forgotten when it is
+   behind, and its piece is looked up again. */
 static void unigram_put_word(Unigram *unigram, const uint8_t *word, int64_t bytes, Growing *out) {
   const Unit *units = unigram->units.data;
-  unigram->best.used = 0;
-  Best *best = grow(&unigram->best, 1, sizeof *best);
-  best[0].score = 0;
+  unigram->back.used = 0;
+  uint16_t *back = grow(&unigram->back, 1, sizeof *back);
+  unigram->best[0] = 0;
   int64_t origin = 0, reach = 0;
   int after_unk = 0;
   for (int64_t start = 0; start < bytes;) {
-    const double score = best[start - origin].score;
+    const double score = unigram->best[start & unigram->mask];
     if (start == reach) {
-      after_unk = put_path(unigram, best, start - origin, after_unk, out);
+      after_unk = put_path(unigram, word + origin, start - origin, after_unk, out);
       origin = start;
     }
     const int64_t next = start + char_bytes(word[start]);
@@ -90,18 +111,18 @@ static void unigram_put_word(Unigram *unigram, const uint8_t *word, int64_t byte
     for (int64_t end = start; end < bytes;) {
       if (!(node = step(units, node, word[end++]))) break;
       if (units[node].id < 0) continue;
-      best = reach_to(unigram, end, origin, &reach);
-      offer(best + (end - origin), score + unigram->scores[units[node].id], end - start,
-            units[node].id);
+      back = reach_to(unigram, end, origin, &reach);
+      offer(unigram, back + (end - origin), end, score + unigram->scores[units[node].id],
+            end - start);
       has_char |= end == next;
     }
     if (!has_char) {
-      best = reach_to(unigram, next, origin, &reach);
-      offer(best + (next - origin), score + unigram->unk_score, next - start, unigram->unk_id);
+      back = reach_to(unigram, next, origin, &reach);
+      offer(unigram, back + (next - origin), next, score + unigram->unk_score, next - start);
     }
     start = next;
   }
-  put_path(unigram, best, bytes - origin, after_unk, out);
+  put_path(unigram, word + origin, bytes - origin, after_unk, out);
 }
 
 /* Append the ids of normalised text: it is split at white space, every word begins with U+2581,

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -259,18 +260,26 @@ def spill_units(strip: Any) -> Callable[..., Spills]:
     """Spills units that are lists of (language, text) in place of files; None is broken."""
 
     def spill_all(
-        work: Path, units: Sequence[Any], *, of: int = 4, seed: int = 1, prep: Prep | None = None
+        work: Path,
+        units: Sequence[Any],
+        *,
+        of: int = 4,
+        seed: int = 1,
+        prep: Prep | None = None,
+        pools: Sequence[int] | None = None,
     ) -> Spills:
         def read_raw(unit: Any, prep: Prep, faults: list[Any]) -> Any:
-            for language, text in unit:
+            for language, text in unit.documents:
                 yield language, text, 9 if text is None else len(text)
 
         work.mkdir(parents=True, exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(spill_module, "read_raw", read_raw)
-            for number, unit in enumerate(units):
-                path = spill_path(work, number)
-                spill(unit, path, prep or Prep(), strip, of, seed)  # type: ignore[arg-type]
-        return Spills(work, len(units), prep or Prep())
+            for number, documents in enumerate(units):
+                pool = 0 if pools is None else pools[number]
+                source = types.SimpleNamespace(pool=pool)
+                unit: Any = types.SimpleNamespace(source=source, documents=documents)
+                spill(unit, spill_path(work, number), prep or Prep(), strip, of, seed)
+        return Spills([spill_path(work, i) for i in range(len(units))], prep or Prep())
 
     return spill_all

@@ -19,7 +19,8 @@ class FlakyServer:
 
     `faults` are taken by GET requests in order, one each: "500", "403", "short" (fewer bytes than
     asked for, as a whole answer), "cut" (the connection ends within the body), "drop" (before any
-    answer) or "whole" (the range is not heeded). No fault is left: the answer is right.
+    answer), "whole" (the range is not heeded) or "garbled" (a bit is flipped). No fault is left:
+    the answer is right.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,6 +60,8 @@ class _Handler(BaseHTTPRequestHandler):
             data, status = data[int(asked[1]) : int(asked[2]) + 1], 206
         if fault == "short":
             data = data[: len(data) // 2]
+        if fault == "garbled":  # whole, but for one byte
+            data = data[:-1] + bytes([data[-1] ^ 1])
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from data_prep import build_shards
+from data_prep import build_shards, spill
 from data_prep.build_shards import build
 from data_prep.claim import locked
 from data_prep.clean import normalise
@@ -345,6 +345,30 @@ def test_any_number_of_ranks_gives_the_same_bytes(
     recipe = PrepRecipe(prep=dataclasses.replace(small_prep, output_dir=str(tmp_path / "out")))
     assert on_ranks(size, lambda ranks: build(recipe, ranks)) == [None] * size
     assert digests(tmp_path / "out") == digests(prepared[0])
+
+
+def test_merging_spills_changes_no_byte(
+    on_ranks, prepared, small_prep: Prep, tmp_path: Path, digests, monkeypatch
+) -> None:
+    monkeypatch.setattr(spill, "FEW_SPILLS", 4)
+    monkeypatch.setattr(spill, "MERGED_UNITS", 4)
+    out = tmp_path / "shards"
+    recipe = PrepRecipe(prep=dataclasses.replace(small_prep, output_dir=str(out)))
+    merge_spills, merged = spill.merge_spills, []
+
+    def ends_between(paths, path, prep) -> None:
+        merged.append(path.name)
+        merge_spills(paths, path, prep)
+        if len(merged) == 2:  # the second file is there, as one of the units that it is made of is
+            paths[0].write_bytes(b"of an earlier start")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(build_shards, "merge_spills", ends_between)
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe, OneRank())
+    assert on_ranks(2, lambda ranks: build(recipe, ranks)) == [None] * 2
+    assert set(merged) == {f"read-merged-{group:06d}" for group in range(4)}
+    assert digests(out) == digests(prepared[0])
 
 
 def test_ranks_with_different_tokenizers_are_refused(

@@ -457,13 +457,36 @@ def test_csv_without_the_column_is_refused_and_an_empty_one_is_not(tmp_path: Pat
     assert read(path) == ([], [])
 
 
-def test_a_field_too_long_is_a_broken_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents, "MAX_FIELD", 20)
+def test_a_field_too_long_is_a_broken_row(tmp_path: Path, small_limits) -> None:
     path = tmp_path / "en.csv"
-    path.write_text(f"text\n{'é' * 20}\n{'é' * 21}\nnext\n")
-    raws, (fault,) = read(path)
-    assert raws == [Raw("en", "é" * 20, 20), Raw("en", None, 43), Raw("en", "next", 4)]
-    assert "field limit" in fault.reason
+    lines = ["é" * 23, "é" * 12 + "\n" + "é" * 12, "é" * 12 + "\n" + "é" * 13, "x\n" * 26, "next"]
+    path.write_text("text\n" + "".join(f'"{line}"\n' for line in lines))
+    raws, faults = read(path)
+    assert raws == [
+        *(Raw("en", text, len(text)) for text in lines[:2]),  # 46 and 49 bytes
+        Raw("en", None, 51 + 3),  # 26 characters, of 51 bytes, and the quotes and line end
+        Raw("en", None, 52 + 3),
+        Raw("en", "next", 4),
+    ]
+    assert faults[0].reason == "a text of 51 bytes, over 50"
+    assert "field limit" in faults[1].reason
+
+
+@pytest.mark.parametrize("name", ["en.parquet", "en.arrow"])
+def test_a_text_too_long_in_a_table_is_a_broken_row(tmp_path: Path, small_limits, name) -> None:
+    texts = ["x" * 50, "é" * 26, "x" * 51, "next"]
+    table = pa.table({"text": texts})
+    if name.endswith("arrow"):
+        with pa.ipc.new_file(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        write_parquet(tmp_path / name, table)
+    raws, faults = read(tmp_path / name)
+    assert raws == [
+        Raw("en", texts[0], 50), Raw("en", None, 52), Raw("en", None, 51), Raw("en", "next", 4)
+    ]  # fmt: skip
+    assert [fault.offset for fault in faults] == [1, 2]
+    assert faults[0].reason.startswith("a text of 52 bytes, over 50")
 
 
 def test_a_line_too_long_ends_a_csv_file(tmp_path: Path, small_limits) -> None:

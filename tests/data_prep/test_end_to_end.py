@@ -168,6 +168,33 @@ def test_weights_and_what_they_leave_out(prepare: Prepare, tmp_path, write_jsonl
         assert not pieces.number
 
 
+def test_sources_have_weights_within_their_language(
+    prepare: Prepare, tmp_path, write_jsonl, encode: Encode, capsys
+) -> None:
+    good, plain, bad = (invented(random.Random(i), 300) for i in range(3))
+    both = invented(random.Random(3), 50)  # a text in two sources is there for the larger weight
+    for name, texts in (("good/en", good + both), ("en", plain + both), ("bad/en", bad + both)):
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", [{"text": text} for text in texts])
+    write_jsonl(tmp_path / "in" / "sw.jsonl", [{"text": text} for text in plain[:9] + good[:9]])
+    weights = {f"{tmp_path}/in/good/*": 3.0, f"{tmp_path}/in/**/bad/*": 0.0}
+    folder, manifest = prepare(
+        **NATURAL, input=[f"{tmp_path}/in/**/*.jsonl"], source_weights=weights
+    )
+    table = capsys.readouterr().out
+    segments = segments_of(folder)
+    assert manifest.accounting["en"]["documents_mixing"] > 300
+    assert segments.keys() == {"en"}  # which keeps what stands under both
+    # 350 documents thrice as often as 300, as many in all as the two have: 1.44 and 0.48 times
+    pieces = Pieces(segments["en"])
+    assert all(pieces.take(encode(text)) for text in good + both)
+    again = sum(pieces.take(encode(text)) for text in good + both)
+    assert again == pytest.approx(0.444 * 350, abs=25)
+    assert sum(pieces.take(encode(text)) for text in plain) == pytest.approx(0.481 * 300, abs=25)
+    assert not pieces.number  # nothing of what weighs 0
+    for label, times in (("good/*", "1.4."), ("other files", "0.48"), ("bad/*", "0.00")):
+        assert re.search(rf"{re.escape(label)} .* {times}$", table, re.MULTILINE), table
+
+
 def test_a_poor_language_is_repeated_so_often_at_most(
     prepare: Prepare, tmp_path: Path, write_jsonl, encode: Encode
 ) -> None:
@@ -245,6 +272,7 @@ def everything(demo: dict[str, list[str]], tmp_path_factory, teacher_dir: Path) 
         near_duplicates=0.8,
         exclude=[str(folder / "exam.txt")],
         weights={"ru": 2.0},
+        source_weights={f"{folder}/in/[02].jsonl": 2.5},
         max_tokens=12_000,
         max_repeats=3.0,
     )
@@ -406,6 +434,7 @@ def refusal(
         (["--prep.seq_leng", "3"], "unknown key 'prep.seq_leng'.* did you mean 'prep.seq_len'"),
         (["--append"], "no manifest.json, so there is nothing to append to"),
         (["--prep.weights", "{xx: 2}"], "prep.weights names 'xx', of which there is no text"),
+        (["--prep.source_weights", "{x*.txt: 2}"], r"prep.source_weights names 'x\*\.txt', which"),
         (["--prep.max_tokens", "511"], "prep.max_tokens=511 does not fill a row"),
         (["--prep.max_repeats", ".nan"], "prep.max_repeats=nan is below 1"),
         (["--prep.tokenizer", "no/such/folder"], "the tokenizer 'no/such/folder' does not load"),
@@ -428,7 +457,7 @@ def test_what_a_user_does_wrong_is_a_line_and_status_2(
 def test_weights_that_leave_nothing_are_refused(refusal, demo: dict[str, list[str]]) -> None:
     status, line = refusal("--prep.weights", json.dumps(dict.fromkeys(demo, 0)))
     assert status == 2
-    assert "prep.weights is 0 for all languages" in line
+    assert "prep.weights and prep.source_weights are 0 for all" in line
 
 
 def test_a_wrong_column_is_refused_and_the_right_ones_named(refusal, tmp_path: Path) -> None:

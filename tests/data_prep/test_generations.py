@@ -129,6 +129,39 @@ def test_files_that_are_there_are_not_read_again(append, monkeypatch) -> None:
     assert set(read) == {"b.jsonl"}
 
 
+def test_a_file_that_is_now_read_otherwise_is_read_again(append, prepare, tmp_path) -> None:
+    append([record | {"title": f"Title {record['text']}"} for record in records(0, 60)])
+    settings: dict[str, Any] = {"smoothing": 1.0, "heldout_rows": 1, "seq_len": 64, "append": True}
+    settings["input"] = [f"{tmp_path}/in/*"]
+    _, titled = prepare(**settings, text_key="title")
+    assert titled.generation == 2
+    assert titled.accounting["en"]["documents_in"] == 120
+    assert "documents_duplicate" not in titled.accounting["en"]
+    assert prepare(**settings, text_key="title")[1] == titled
+    assert prepare(**settings)[1] == titled
+
+
+def test_weights_may_name_languages_of_earlier_generations(append, prepare, tmp_path) -> None:
+    append(records(0, 100) + records(100, 150, "sw"))
+    _, manifest = append(records(150, 250) + records(250, 300, "de"), weights={"sw": 2, "de": 3})
+    assert manifest.tokens.keys() == {"en", "sw", "de"}
+    with pytest.raises(ConfigError, match=r"prep\.weights names 'xx'.* are de, en, sw"):
+        append(records(300, 350), weights={"xx": 2.0})
+
+
+def test_dry_run_of_text_to_add_is_of_that_text(append, prepare, tmp_path, teacher_dir, capsys):
+    folder, _ = append(records(0, 100) + records(100, 150, "sw"))
+    path = tmp_path / "in" / "z.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in records(200, 230, "de")))
+    capsys.readouterr()
+    words = {"input": f"['{tmp_path}/in/*']", "tokenizer": teacher_dir, "output_dir": folder,
+             "seq_len": 64, "rows_per_block": 8, "weights": "{sw: 2}"}  # fmt: skip
+    arguments = [f"--prep.{key}={value}" for key, value in words.items()]
+    assert build_shards.main([*arguments, "--append", "--dry_run"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in table[:3]] == ["language", "de", "estimated"]
+
+
 def test_nothing_new_is_nothing_to_do(append, prepare, tmp_path, digests, capsys) -> None:
     folder, manifest = append(records(0, 100))
     before = digests(folder)

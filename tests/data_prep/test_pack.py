@@ -86,7 +86,7 @@ def test_cut_goes_back_to_a_sentence_or_a_word(
     num_tokens: int, seq_len: int, share: float, seed: int
 ) -> None:
     starts_word, ends_sentence = np.random.default_rng(seed).random((2, num_tokens)) < share
-    lengths = cut(starts_word, ends_sentence, seq_len)
+    lengths = cut(starts_word.tobytes(), ends_sentence.tobytes(), seq_len)
     assert lengths == naive_cut(starts_word.tolist(), ends_sentence.tolist(), seq_len)
     assert sum(lengths) == num_tokens
     assert all(1 <= length <= seq_len - FRAME for length in lengths)
@@ -95,19 +95,20 @@ def test_cut_goes_back_to_a_sentence_or_a_word(
 def test_a_sentence_that_ends_near_is_worth_more_than_a_word() -> None:
     starts_word, ends_sentence = np.ones(1000, dtype=bool), np.zeros(1000, dtype=bool)
     ends_sentence[495] = True  # 14 tokens short of a full row, beyond a 64th of it
-    assert cut(starts_word, ends_sentence, 512) == [510, 490]
+    assert cut(starts_word.tobytes(), ends_sentence.tobytes(), 512) == [510, 490]
     ends_sentence[505] = True
-    assert cut(starts_word, ends_sentence, 512) == [506, 494]
+    assert cut(starts_word.tobytes(), ends_sentence.tobytes(), 512) == [506, 494]
     starts_word[506] = False  # as in 3.14: no sentence ends inside a word
-    assert cut(starts_word, ends_sentence, 512) == [510, 490]
+    assert cut(starts_word.tobytes(), ends_sentence.tobytes(), 512) == [510, 490]
 
 
 @given(st.lists(st.booleans(), min_size=2, max_size=200), st.data())
 def test_nearest_cut_is_between_words_where_it_can_be(
     starts_word: list[bool], data: st.DataObject
 ) -> None:
-    length = data.draw(st.integers(1, len(starts_word) - 1))
-    assert nearest_cut(np.array(starts_word), length) == naive_word(starts_word, length)
+    start = data.draw(st.integers(0, len(starts_word) - 2))
+    length = data.draw(st.integers(1, len(starts_word) - start - 1))
+    assert nearest_cut(bytes(starts_word), start, length) == naive_word(starts_word[start:], length)
 
 
 def tokens_of(segments: list[Segment]) -> collections.Counter[tuple[int, int]]:
@@ -208,6 +209,6 @@ def test_text_without_spaces_is_cut_after_a_sentence() -> None:
     tokens, longest = 1000, 510
     starts_word, ends_sentence = np.zeros((2, tokens), dtype=bool)
     ends_sentence[[100, 505, 507]] = True
-    assert cut(starts_word, ends_sentence, longest + FRAME) == [508, 492]
+    assert cut(starts_word.tobytes(), ends_sentence.tobytes(), longest + FRAME) == [508, 492]
     starts_word[[504, 509]] = True  # words are marked, and none starts after the sentence: "3.14"
-    assert cut(starts_word, ends_sentence, longest + FRAME)[0] == 509
+    assert cut(starts_word.tobytes(), ends_sentence.tobytes(), longest + FRAME)[0] == 509

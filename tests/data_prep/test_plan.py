@@ -50,8 +50,10 @@ class Corpus:
         seed: int = 0,
         shortest: int = 1,
         longest: int = 100,
+        pools: int = 1,
     ) -> None:
         rng = np.random.default_rng(seed)
+        self._pools = pools
         self.languages = sorted(sizes)
         rows: list[list[tuple[int, ...]]] = [[] for _ in range(of)]
         for place, language in enumerate(self.languages):
@@ -59,7 +61,8 @@ class Corpus:
                 hi, lo = rng.integers(0, 2**64, 2, dtype=np.uint64).tolist()
                 tokens = int(rng.integers(shortest, longest))
                 chars = 4 * tokens + int(rng.integers(3))
-                rows[hi * of >> 64].append((hi, lo, place, chars, tokens, 0))
+                pool = lo % pools
+                rows[hi * of >> 64].append((hi, lo, place, pool, chars, tokens, 0))
         self._tables = [
             np.sort(np.array(part, TOKENISED), order=["language", "hi"]) for part in rows
         ]
@@ -96,10 +99,10 @@ class Corpus:
         }
 
     def draws(self) -> dict[str, np.ndarray]:
-        found = {name: np.zeros(DRAWS, np.int64) for name in self.languages}
+        found = {name: np.zeros((self._pools, DRAWS), np.int64) for name in self.languages}
         for record in self.all.values():
             framed = int(record["tokens"]) + FRAME * -(-int(record["tokens"]) // (PREP.seq_len - 2))
-            found[self.name(record)][int(record["lo"]) >> 54] += framed
+            found[self.name(record)][record["pool"], int(record["lo"]) >> 54] += framed
         return found
 
 
@@ -110,7 +113,7 @@ class Plan:
     corpus: Any
     groups: list[Rows]
     held: HeldOut
-    doses: dict[str, Dose]
+    doses: dict[str, list[Dose]]
     facts: list[dict[str, Any]]
 
     @property
@@ -139,7 +142,7 @@ def plan(letters: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
         *,
         seed: int = 1,
         groups: int = 2,
-        dosed: dict[str, Dose] | None = None,
+        dosed: dict[str, list[Dose]] | None = None,
         tokenizer: Any = letters,
     ) -> Plan:
         work = tmp_path_factory.mktemp("rows")
@@ -256,21 +259,22 @@ def test_segments_are_shuffled_before_they_are_packed_window_by_window(
 @given(
     st.integers(0, 10_000),
     st.dictionaries(
-        st.sampled_from("abc"), st.builds(Dose, st.integers(0, 4), st.integers(0, DRAWS))
+        st.sampled_from("abc"),
+        st.lists(st.builds(Dose, st.integers(0, 4), st.integers(0, DRAWS)), min_size=2, max_size=2),
     ),
     st.integers(0, 3),
     st.sampled_from([1, 2, 8]),
 )
 def test_each_document_is_in_the_rows_as_often_as_its_dose_says(
-    plan: Callable[..., Plan], seed: int, dosed: dict[str, Dose], heldout_rows: int, of: int
+    plan: Callable[..., Plan], seed: int, dosed: dict[str, list[Dose]], heldout_rows: int, of: int
 ) -> None:
-    corpus = Corpus({"a": 50, "b": 9, "c": 1}, seed=seed, of=of)
-    prep = dataclasses.replace(PREP, heldout_rows=heldout_rows)
+    corpus = Corpus({"a": 50, "b": 9, "c": 1}, seed=seed, of=of, pools=2)
+    prep = dataclasses.replace(PREP, heldout_rows=heldout_rows, source_weights={"some": 2.0})
     found = plan(corpus, prep, dosed=dosed, groups=of)
     heldout = heldout_documents(found)
     for document, times in times_trained(found).items():
         record = corpus.all[document]
-        dose = dosed.get(corpus.name(record), Dose(0, 0))
+        dose = dosed.get(corpus.name(record), [Dose(0, 0)] * 2)[record["pool"]]
         once_more = int(record["lo"]) * DRAWS >> 64 < dose.draw
         assert times == (0 if document in heldout else dose.copies + once_more)
 
@@ -385,11 +389,11 @@ def test_the_rest_of_the_last_held_out_document_is_counted(plan: Callable[..., P
 def test_what_is_held_out_is_no_longer_there_to_train_on(plan: Callable[..., Plan]) -> None:
     corpus = Corpus({"a": 50, "b": 60})
     found = plan(corpus)
-    left = {name: np.zeros(DRAWS, np.int64) for name in "ab"}
+    left = {name: np.zeros((1, DRAWS), np.int64) for name in "ab"}
     for document in heldout_documents(found):
         record = corpus.all[document]
         tokens = int(record["tokens"])
-        left[corpus.name(record)][int(record["lo"]) >> 54] += tokens + FRAME * -(-tokens // 30)
+        left[corpus.name(record)][0, int(record["lo"]) >> 54] += tokens + FRAME * -(-tokens // 30)
     for name in "ab":
         np.testing.assert_array_equal(found.held.draws[name], left[name])
 

@@ -52,6 +52,19 @@ def test_shards_are_read_over_http_that_fails(
         assert_reads_alike(ShardReader(server.url), prepared[0])
 
 
+def test_a_block_that_comes_damaged_is_fetched_again(
+    prepared: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tenacity.nap.time, "sleep", lambda seconds: None)
+    with flaky_server(prepared[0]) as server:
+        reader = ShardReader(server.url)
+        server.faults = ["garbled"] * 3
+        assert reader.read_sample(0)[2] == ShardReader(str(prepared[0])).read_sample(0)[2]
+        server.faults = ["garbled"] * 99
+        with pytest.raises(RunError, match="is damaged: its CRC does not match the manifest"):
+            reader.read_sample(1)
+
+
 @pytest.fixture
 def s3(prepared: tuple[Path, Manifest], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An S3 server with the shards in s3://bucket/shards; gives a client of it."""

@@ -22,7 +22,7 @@ from data_prep import streams
 from data_prep.command import ConfigError, RunError
 from data_prep.config import Prep
 from data_prep.documents import Raw, read_raw
-from data_prep.sources import Source, Unit, find_sources, split
+from data_prep.sources import Source, Unit, find_sources, reading_digest, split, with_pools
 
 
 def names(patterns: list[str]) -> list[str]:
@@ -48,6 +48,45 @@ def test_sources_are_sorted_by_name_and_named_once(tmp_path: Path) -> None:
         f"{tmp_path}/a/en.txt",
         f"{tmp_path}/b/en.txt",
     ]
+
+
+def test_what_is_read_is_named_by_bytes_and_keys(tmp_path: Path) -> None:
+    for name in ("en.jsonl", "de.json", "en.txt"):
+        (tmp_path / name).write_text('{"text": "a", "lang": "b"}')
+    german, lines, blank = find_sources([f"{tmp_path}/*"])
+    preps = [Prep(), Prep(text_key="lang"), Prep(lang_key="text"), Prep(min_chars=9)]
+    named = [[reading_digest(source, prep) for prep in preps] for source in (german, lines, blank)]
+    assert named[0] == named[1]  # whatever the name is
+    assert len(set(named[0])) == 3
+    assert named[0][3] == named[0][0]
+    assert len(set(named[2])) == 1  # plain text has no keys
+    assert not set(named[2]) & set(named[1])
+
+
+def test_weights_are_given_to_sources_by_globs(tmp_path: Path, monkeypatch) -> None:
+    for name in ("wiki/en.txt", "web/en.txt", "web/a/de.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    sources = find_sources(["**/*.txt"])
+
+    def weights(**globs: float) -> dict[str, float]:
+        prep = Prep(source_weights=globs)
+        return {
+            source.url.removeprefix(f"{tmp_path}/"): prep.pools[source.pool].weight
+            for source in with_pools(sources, prep)
+        }
+
+    assert weights() == dict.fromkeys(("web/a/de.txt", "web/en.txt", "wiki/en.txt"), 1.0)
+    assert weights(**{"web/**": 0.5, f"file://{tmp_path}/wiki/*": 2}) == {
+        "web/a/de.txt": 0.5,
+        "web/en.txt": 0.5,
+        "wiki/en.txt": 2.0,
+    }
+    with pytest.raises(ConfigError, match=r"prep\.source_weights names 'web', which is none"):
+        weights(web=2.0)
+    with pytest.raises(ConfigError, match=r"web/en\.txt two weights, by '\*/en.*' and 'web/\*\*'"):
+        weights(**{"web/**": 1.0, "*/en.txt": 3.0})
 
 
 def test_formats_are_told_by_suffixes(tmp_path: Path) -> None:

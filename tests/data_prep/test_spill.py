@@ -9,12 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep import exchange
 from data_prep import spill as spill_module
 from data_prep.command import RunError
 from data_prep.config import Prep
 from data_prep.container import Container
 from data_prep.documents import Fault
-from data_prep.spill import CleanDocument, Counts, Spills, key_of, read_documents, spill, spill_path
+from data_prep.sources import Source, Unit
+from data_prep.spill import (
+    CleanDocument,
+    Counts,
+    Spills,
+    key_of,
+    merge_groups,
+    merge_spills,
+    merged_path,
+    read_documents,
+    spill,
+    spill_path,
+)
 
 UNITS = [
     [("sw", " Habari ya asubuhi. "), ("de", "Guten Morgen."), ("sw", "\n"), ("de", None)],
@@ -119,6 +132,39 @@ def test_a_key_is_a_digest_of_the_text_under_the_seed() -> None:
     assert b"".join(part.to_bytes(8, "big") for part in keys[0]) == whole
 
 
+@pytest.mark.parametrize("at_once", [1, 4000, 1 << 20])
+def test_merged_spills_read_as_their_units_do(
+    spill_units: Callable[..., Spills], tmp_path: Path, monkeypatch, at_once: int
+) -> None:
+    monkeypatch.setattr(spill_module, "RUN_BYTES", 900)
+    monkeypatch.setattr(exchange, "MERGED_AT_ONCE", at_once)
+    words = [f"word {number} " * (number % 9) for number in range(200)]
+    units = [*UNITS, [(language, word) for word in words for language in ("sw", "en")], UNITS[0]]
+    for number, chosen in enumerate((units, units[1:2], units[:2])):
+        work = tmp_path / str(number)
+        one_by_one = spill_units(work, chosen, of=16)
+        expected = everything(one_by_one, 16)
+        paths = [spill_path(work, unit) for unit in range(len(chosen))]
+        for _ in range(2):  # the second time there is nothing to do
+            merge_spills(paths, merged_path(work, 0), Prep())
+            assert sorted(work.iterdir()) == [merged_path(work, 0)]
+        merged = Spills([merged_path(work, 0)], Prep())
+        assert everything(merged, 16) == expected
+        for what in ("languages", "counts", "faults", "excluded_by"):
+            assert getattr(merged, what) == getattr(one_by_one, what)
+
+
+def test_groups_of_spills_are_all_of_them_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert merge_groups([9] * 512) == [range(i, i + 1) for i in range(512)]
+    monkeypatch.setattr(spill_module, "FEW_SPILLS", 3)
+    monkeypatch.setattr(spill_module, "MERGED_BYTES", 10)
+    monkeypatch.setattr(spill_module, "MERGED_UNITS", 3)
+    assert merge_groups([5, 5, 1, 0, 0, 0, 30, 9, 2]) == [
+        range(0, 2), range(2, 5), range(5, 6), range(6, 7), range(7, 8), range(8, 9)
+    ]  # fmt: skip
+    assert merge_groups([]) == []
+
+
 def test_runs_of_any_size_give_the_same_documents(
     spill_units: Callable[..., Spills], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,8 +172,8 @@ def test_runs_of_any_size_give_the_same_documents(
     whole = spill_units(tmp_path / "whole", units)
     monkeypatch.setattr(spill_module, "RUN_BYTES", 30)
     runs = spill_units(tmp_path / "runs", units)
-    assert Container(whole.paths[0]).facts["runs"] == 1
-    assert Container(runs.paths[0]).facts["runs"] > 40
+    assert Container(spill_path(tmp_path / "whole", 0)).facts["runs"] == 1
+    assert Container(spill_path(tmp_path / "runs", 0)).facts["runs"] > 40
     assert everything(runs) == everything(whole)
     assert runs.counts == whole.counts
 
@@ -144,7 +190,10 @@ def test_faults_are_kept_with_the_spill(
     monkeypatch.setattr(spill_module, "read_raw", read_raw)
     for number in range(2):
         spill(None, spill_path(tmp_path, number), Prep(), strip, 4, 1)
-    assert Spills(tmp_path, 2, Prep()).faults == [fault, fault]
+    assert Spills([spill_path(tmp_path, 0), spill_path(tmp_path, 1)], Prep()).faults == [
+        fault,
+        fault,
+    ]
 
 
 def test_excluded_documents_are_counted_by_evaluation_file(
@@ -160,7 +209,8 @@ def test_excluded_documents_are_counted_by_evaluation_file(
 def test_a_finished_unit_is_not_read_again(
     spill_units: Callable[..., Spills], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = spill_units(tmp_path, UNITS).paths[0].read_bytes()
+    spill_units(tmp_path, UNITS)
+    before = spill_path(tmp_path, 0).read_bytes()
     monkeypatch.setattr(spill_module, "read_raw", lambda *_: pytest.fail("read again"))
     spill(None, spill_path(tmp_path, 0), Prep(), None, 4, 1)
     assert spill_path(tmp_path, 0).read_bytes() == before
@@ -174,8 +224,9 @@ def test_a_unit_that_fails_leaves_no_spill(
         raise RunError("de.jsonl cannot be read")
 
     monkeypatch.setattr(spill_module, "read_raw", read_raw)
+    unit = Unit(Source("/de.jsonl", "de.jsonl", 9, "jsonl", None, ""), 0, 9, 9)
     with pytest.raises(RunError, match="cannot be read"):
-        spill(None, spill_path(tmp_path, 0), Prep(), strip, 4, 1)
+        spill(unit, spill_path(tmp_path, 0), Prep(), strip, 4, 1)
     assert not spill_path(tmp_path, 0).exists()
 
 

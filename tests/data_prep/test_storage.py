@@ -65,6 +65,30 @@ def test_what_does_not_pass_after_all_ends_with_the_remedy(
     assert all(0 <= wait <= bound for wait, bound in zip(waits, bounds, strict=True))
 
 
+def wrong(data: bytes) -> str | None:
+    return None if data == DATA[100:4000] else "these are others"
+
+
+def test_wrong_bytes_are_fetched_again_and_given_back_at_last(
+    server: FlakyServer, waits: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.faults = ["garbled"] * 2
+    assert Storage(server.url).read("a.bin", 100, 4000, wrong) == DATA[100:4000]
+    assert len(waits) == 2
+    assert f"a.bin: these are others; attempt 2 of {ATTEMPTS}" in capsys.readouterr().err
+    server.faults = ["garbled"] * ATTEMPTS
+    assert wrong(Storage(server.url).read("a.bin", 100, 4000, wrong))
+    assert server.faults == []
+
+
+def test_wrong_bytes_of_a_local_file_are_given_back_at_once(
+    tmp_path: Path, waits: list[float]
+) -> None:
+    (tmp_path / "a.bin").write_bytes(b"wrong")
+    assert Storage(str(tmp_path)).read("a.bin", 0, 5, wrong) == b"wrong"
+    assert waits == []
+
+
 def test_what_lasts_is_not_tried_again(server: FlakyServer, waits: list[float]) -> None:
     there = Storage(server.url)
     with pytest.raises(FileNotFoundError, match=r"b\.bin"):

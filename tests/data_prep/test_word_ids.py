@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,8 +30,9 @@ from tokenizers import (
 )
 
 from data_prep import word_ids
+from data_prep.plain_chars import ALONE, SEPARATOR
 from data_prep.tokenizer import PROBE
-from data_prep.word_ids import SEPARATOR, SPACE, UnsupportedError, WordIds, byte_chars
+from data_prep.word_ids import SPACE, UnsupportedError, WordIds, byte_chars
 
 LANGUAGES = (
     "ar bg de el en es fa fr hi hu id it ja ko nl pl pt ro ru sv sw th tr uk ur vi zh".split()
@@ -263,6 +265,46 @@ def test_a_document_of_five_megabytes(backend_of, words, lines) -> None:
     text = "\n".join(random.Random(1).choices(lines, k=len(lines)))
     text = (text * (5_000_000 // len(text.encode()) + 1))[:5_000_000]
     assert_equal(backend_of("teacher"), ["first", text, "last"], words("teacher"))
+
+
+def test_letters_are_normalised_whatever_letter_stands_beside_them(backend_of) -> None:
+    alone = re.compile(f"[{ALONE}]")
+    chars = [char for char in map(chr, range(0x10000)) if alone.match(char)]
+    many = {char for char in chars if char >= "\u3400"}  # all alike
+    chars = [char for i, char in enumerate(chars) if char not in many or not i % 40]
+    some = "aZ0т\u0627\u0644\u0915กะ漢か가각"
+    pairs = [*itertools.product(some, chars), *itertools.product(chars, some)]
+    made: list[Any] = [backend_of("teacher").normalizer]
+    made += [getattr(normalizers, name)() for name in word_ids.NORMALIZERS - {"Precompiled"}]
+    for normalizer in made:
+        of = {char: normalizer.normalize_str(char) for char in {*some, *chars}}
+        for one, other in pairs:
+            assert normalizer.normalize_str(one + other) == of[one] + of[other]
+
+
+@each_kind
+def test_long_words_are_normalised_in_parts(backend_of, words, lines, kind: str) -> None:
+    texts = ["".join(line.split()) for line in lines]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(word_ids, "NORMALIZED_CHARS", 30)
+        assert_equal(backend_of(kind), texts, words(kind))
+
+
+@pytest.mark.parametrize("pieces", ["漢字" * 10, "abcdefgh" * 5], ids=["ideographs", "letters"])
+def test_a_long_word_takes_little_memory(repo: Path, teacher_dir: Path, pieces: str) -> None:
+    code = (
+        "import random, resource, sys\n"
+        "from data_prep.tokenizer import Tokenizer\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "tokenizer, letters = Tokenizer(sys.argv[1]), random.Random(1)\n"
+        "word = ''.join(letters.choices(sys.argv[2], k=6_000_000))\n"
+        "before, size = peak(), len(word.encode())\n"
+        "tokenizer.encode([word])\n"
+        "print((peak() - before) / size)\n"
+    )
+    words = [sys.executable, "-c", code, str(teacher_dir), pieces]
+    done = subprocess.run(words, cwd=repo, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 30  # bytes for one of the word; the library alone takes sixty
 
 
 def test_more_words_than_are_kept(backend_of) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -22,7 +23,8 @@ from unittest import mock
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMING = {"tokens_per_second"}
+PROGRAM = "pipeline/train.py"
+TIMING = {"tokens_per_second", "own_ms_median", "own_ms_slowest", "slowest_rank"}
 
 # Forks of a process that has loaded the libraries, of which half of a start's time goes there.
 FORKS = multiprocessing.get_context("forkserver")
@@ -66,16 +68,18 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def command(arguments: Sequence[str], *, ranks: int, stage: str) -> list[str]:
+def command(
+    arguments: Sequence[str], *, ranks: int, stage: str, program: str = PROGRAM
+) -> list[str]:
     """The user's command, on a port of its own."""
     launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", free_port()]
-    return [*launcher, *script(arguments, stage)]
+    return [*launcher, *script(arguments, stage, program)]
 
 
-def script(arguments: Sequence[str], stage: str) -> list[str]:
+def script(arguments: Sequence[str], stage: str, program: str = PROGRAM) -> list[str]:
     """What a launcher starts on each rank."""
     ds_config = f"ds_configs/{stage}.json" if "/" not in stage else stage
-    return ["pipeline/train.py", "--deepspeed", ds_config, *arguments]
+    return [program, "--deepspeed", ds_config, *arguments]
 
 
 def run(
@@ -94,10 +98,18 @@ def run(
 class start:  # noqa: N801
     """A running launcher in a session of its own; whatever it leaves is killed at the end."""
 
-    def __init__(self, arguments: Sequence[str], *, ranks: int = 1, stage: str = "zero2") -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        ranks: int = 1,
+        stage: str = "zero2",
+        program: str = PROGRAM,
+    ) -> None:
         self._started = time.monotonic()
+        self._program = program
         self.process = subprocess.Popen(
-            command(arguments, ranks=ranks, stage=stage),
+            command(arguments, ranks=ranks, stage=stage, program=program),
             cwd=ROOT,
             env=environment(),
             stdout=subprocess.PIPE,
@@ -115,15 +127,16 @@ class start:  # noqa: N801
 
     def ranks(self) -> list[psutil.Process]:
         """The training processes, in rank order."""
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            self._seen[process.pid] = process
+        with contextlib.suppress(psutil.NoSuchProcess):  # the launcher has ended
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self._seen[process.pid] = process
         found = []
         for process in self._seen.values():
             try:
                 line = process.cmdline()
             except psutil.Error:
                 continue
-            if "pipeline/train.py" in line and not any("launcher" in word for word in line):
+            if self._program in line and not any("launcher" in word for word in line):
                 found.append(process)
         return sorted(found, key=lambda p: p.environ().get("RANK", ""))
 
@@ -152,7 +165,14 @@ class fork:  # noqa: N801
     Nobody ends the others here where one rank fails: they have to see to it themselves.
     """
 
-    def __init__(self, arguments: Sequence[str], *, ranks: int = 1, stage: str = "zero2") -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        *,
+        ranks: int = 1,
+        stage: str = "zero2",
+        program: str = PROGRAM,
+    ) -> None:
         self._started = time.monotonic()
         self._output = tempfile.NamedTemporaryFile("rb")
         shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
@@ -162,7 +182,7 @@ class fork:  # noqa: N801
             FORKS.Process(
                 target=_be_rank,
                 args=(
-                    script([f"--local_rank={rank}", *arguments], stage),
+                    script([f"--local_rank={rank}", *arguments], stage, program),
                     env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                     self._output.name,
                 ),
@@ -248,3 +268,8 @@ def training(run_dir: Path) -> Iterator[dict[str, Any]]:
 def has_step(run_dir: Path, step: int) -> Callable[[], bool]:
     """Whether a step was logged."""
     return lambda: any(line["step"] >= step for line in metrics(run_dir))
+
+
+def has_checkpoint(run_dir: Path, step: int) -> Callable[[], bool]:
+    """Whether a step's checkpoint counts."""
+    return (run_dir / "checkpoints" / f"step-{step:08d}" / "COMPLETE").exists

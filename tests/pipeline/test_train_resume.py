@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
+import resource
 import shutil
 import signal
 import time
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
+import torch
 
+from data_prep.command import RunError
 from data_prep.shards import ShardReader, generation, publish
+from pipeline.checkpoint import _digest, _write, newest_state, read_marker
+from pipeline.engine import convert_to_universal
 from tests.pipeline.conftest import POCKET
-from tests.pipeline.launch import fork, has_step, metrics, run, start, training, wait_for
+from tests.pipeline.launch import (
+    ROOT,
+    fork,
+    has_checkpoint,
+    has_step,
+    metrics,
+    run,
+    start,
+    training,
+    wait_for,
+)
 
 
 def rows_by_step(run_dir: Path) -> dict[int, list[int]]:
@@ -103,6 +120,33 @@ def test_other_numbers_of_ranks_see_each_row_once(
 
 
 @pytest.mark.slow
+def test_other_stages_on_other_numbers_of_ranks_go_on_as_if_undisturbed(
+    tiny: list[str], tmp_path: Path
+) -> None:
+    """In fp32, where rounding hides nothing: a lost optimizer step would be seen."""
+    policy = json.loads((ROOT / "ds_configs" / "zero2_fp32.json").read_text())
+    configs = {}
+    for stage in (1, 2, 3):
+        zero = {**policy["zero_optimization"], "stage": stage, "overlap_comm": False}
+        configs[stage] = tmp_path / f"zero{stage}.json"
+        configs[stage].write_text(json.dumps({**policy, "zero_optimization": zero}))
+    whole, elastic = tmp_path / "whole", tmp_path / "run"
+    assert run([*tiny, f"--output_dir={whole}"], stage=str(configs[1]), begin=fork).status == 0
+    allow = "--allow_change=deepspeed.zero_optimization.stage"
+    legs = ((1, 1, 3, []), (2, 3, 6, [allow]), (4, 2, 9, [allow]), (1, 1, None, [allow]))
+    for ranks, stage, stop_after, options in legs:
+        with fork([*tiny, *options], ranks=ranks, stage=str(configs[stage])) as running:
+            if stop_after is not None:
+                wait_for(has_step(elastic, stop_after))
+                running.ranks()[0].send_signal(signal.SIGUSR1)
+            outcome = running.wait()
+        assert outcome.status == (0 if stop_after is None else 85), outcome.output
+    assert rows_by_step(elastic) == rows_by_step(whole)
+    for ours, theirs in zip(metrics(elastic), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.slow
 def test_a_finished_run_has_nothing_left_to_do(tiny, straight, tmp_path: Path) -> None:
     shutil.copytree(straight("zero2", 1), tmp_path / "run")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*.jsonl")}
@@ -170,6 +214,75 @@ def test_a_damaged_checkpoint_is_passed_over(tiny, straight, tmp_path: Path) -> 
     assert student_bytes(run_dir) == expected
 
 
+class Payload:
+    """A pickle of it makes whoever loads it create a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_would_run_code_is_refused(tiny, straight, tmp_path: Path) -> None:
+    """Its checksums match: whoever can write there can make them."""
+    run_dir, made = tmp_path / "run", tmp_path / "made"
+    shutil.copytree(straight("zero2", 1), run_dir)
+    folder = run_dir / "checkpoints" / "step-00000008"
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000012")
+    shard = folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    content = torch.load(shard, weights_only=False)
+    torch.save({**content, "extra": Payload(made)}, shard)
+    torch.load(shard, weights_only=False)
+    assert made.exists()  # the payload works
+    made.rmdir()
+    marker = read_marker(folder)
+    facts = _write(folder, {shard.name: memoryview(shard.read_bytes())}, 1)
+    body = {"state": dataclasses.asdict(marker.state), "files": {**marker.files, **facts}}
+    (folder / "COMPLETE").write_text(json.dumps({**body, "digest": _digest(body)}))
+    outcome = run(tiny, begin=fork)
+    assert outcome.status == 1, outcome.output
+    (error,) = outcome.errors
+    assert "step-00000008" in error
+    assert "posix.mkdir" in error
+    with pytest.raises(RunError, match=r"step-00000008.*posix.mkdir"):
+        convert_to_universal(folder.parent, folder.name, tmp_path / "universal")
+    assert not made.exists()
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_a_checkpoint_and_later_the_run(tiny, tmp_path: Path) -> None:
+    """On one rank of two; its files may grow to less than a checkpoint has."""
+    run_dir = tmp_path / "run"
+    many = ["--train.max_steps=4000", "--train.eval_every=0", "--train.max_failed_saves=20"]
+
+    def failures() -> list[int]:
+        return [line["failed_saves"] for line in metrics(run_dir) if "failed_saves" in line]
+
+    with fork([*tiny, *many], ranks=2) as running:
+        wait_for(has_checkpoint(run_dir, 4))
+        rank = running.ranks()[1]
+        rank.rlimit(psutil.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        wait_for(lambda: bool(failures()))
+        rank.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        failed_at = metrics(run_dir)[-1]["step"]
+        latest = run_dir / "checkpoints" / "latest"
+        wait_for(lambda: int(latest.read_text().removeprefix("step-")) > failed_at)
+        num_before = len(failures())
+        rank.rlimit(psutil.RLIMIT_FSIZE, (500_000, resource.RLIM_INFINITY))
+        outcome = running.wait()
+    assert outcome.status == 1, outcome.output
+    (error,) = outcome.errors
+    assert "rank 1: File too large" in error
+    assert "in a row: 20" in error
+    assert outcome.output.count("warning: checkpoint") == len(failures())
+    assert failures()[num_before:] == list(range(1, 21))
+    newest = newest_state(run_dir / "checkpoints")
+    assert newest is not None
+    assert newest.step > failed_at
+
+
 @pytest.mark.slow
 def test_a_changed_recipe_is_refused_by_name(tiny: list[str], tmp_path: Path) -> None:
     assert run([*tiny, "--train.max_steps=2"], begin=fork).status == 0
@@ -194,7 +307,7 @@ def test_a_resumed_run_keeps_the_shards_that_it_began_with(
     shards = Path(shutil.copytree(heldout_shards, tmp_path / "shards"))
     arguments = [*tiny, f"--data.shards={shards}"]
     with fork(arguments, stage="zero1") as running:
-        wait_for(has_step(tmp_path / "run", 5))
+        wait_for(has_checkpoint(tmp_path / "run", 4))
         running.kill_everything()
     began_with = ShardReader(str(shards))
     first, *others = began_with.manifest.shards

@@ -1,8 +1,10 @@
-"""A real Slurm cluster on this host: munged, slurmctld and four slurmd, all in a temporary folder.
+"""A real Slurm cluster on this host: munged, slurmctld and slurmds, all in a temporary folder.
 
 Every part is found through ``SLURM_CONF``, so that a cluster which the host belongs to is neither
-seen nor touched. Nodes are named n0 and n1 (no GPU), g0 and g1 (two GPUs each, as far as Slurm can
-tell); these names do not resolve, as on sites where only ``NodeAddr`` does.
+seen nor touched. Nodes come in pairs, a partition each: n0 and n1 (no GPU, `cpu`), g0 and g1 (two
+GPUs each, as far as Slurm can tell), a0 and a1, b0 and b1, c0 and c1 (for jobs at the same time);
+these names do not resolve, as on sites where only ``NodeAddr`` does. Jobs of `urgent` preempt those
+of `cpu`, which Slurm ends at once, and of `graced`, which get time to end by themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
-NODES = ("n0", "n1", "g0", "g1")
+PAIRS = {"cpu": "n", "gpu": "g", "a": "a", "b": "b", "c": "c"}  # partition -> nodes
+NODES = tuple(f"{name}{number}" for name in PAIRS.values() for number in (0, 1))
 CPUS_PER_NODE = 4
 GPUS_PER_NODE = 2
 START_TIMEOUT_S = 60.0
@@ -66,13 +69,13 @@ class Cluster:
         printed = self.run("sbatch", "--parsable", *flags, str(script), cwd=cwd, env=env)
         return int(printed.split(";")[0])
 
-    def job(self, job_id: int) -> dict[str, str]:
+    def job(self, job_id: int | str) -> dict[str, str]:
         """Returns the fields of ``scontrol show job``, such as JobState, Restarts and ExitCode."""
         line = self.run("scontrol", "show", "job", str(job_id), "--oneliner")
         return dict(part.split("=", 1) for part in line.split() if "=" in part)
 
     def wait_for(
-        self, job_id: int, done: Callable[[dict[str, str]], bool], *, timeout_s: float
+        self, job_id: int | str, done: Callable[[dict[str, str]], bool], *, timeout_s: float
     ) -> dict[str, str]:
         """Returns the first state of the job for which ``done`` holds."""
         deadline = time.monotonic() + timeout_s
@@ -84,15 +87,15 @@ class Cluster:
             time.sleep(0.2)
         return state
 
-    def wait_for_end(self, job_id: int, *, timeout_s: float) -> dict[str, str]:
+    def wait_for_end(self, job_id: int | str, *, timeout_s: float) -> dict[str, str]:
         """Returns the state in which the job ended for good."""
         return self.wait_for(job_id, lambda job: job["JobState"] in ENDED, timeout_s=timeout_s)
 
-    def signal(self, job_id: int, name: str, *flags: str) -> None:
+    def signal(self, job_id: int | str, name: str, *flags: str) -> None:
         """Signals the job's steps, or with ``--batch`` its batch shell only."""
         self.run("scancel", f"--signal={name}", *flags, str(job_id))
 
-    def wait_for_requeue(self, job_id: int, *, timeout_s: float) -> None:
+    def wait_for_requeue(self, job_id: int | str, *, timeout_s: float, restarts: int = 1) -> None:
         """Waits until the job is in the queue again, and ends the hold that Slurm puts on it there.
 
         Slurm holds it for two minutes. It has to be seconds at least: a node refuses to start a job
@@ -100,7 +103,7 @@ class Cluster:
         """
 
         def is_back(job: dict[str, str]) -> bool:
-            return job["JobState"] == "PENDING" and job["Restarts"] != "0"
+            return job["JobState"] == "PENDING" and int(job["Restarts"]) >= restarts
 
         self.wait_for(job_id, is_back, timeout_s=timeout_s)
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+2")
@@ -116,8 +119,27 @@ class Cluster:
         self._write_config()
         self._spawn("slurmctld", "-D")
         for node in NODES:
-            self._spawn(f"slurmd-{node}", "-D", "-N", node)
+            self.start_node(node)
         self._wait_until(self._all_idle, "every node is idle")
+
+    def start_node(self, node: str) -> None:
+        """Starts a node's daemon, which marks all that it starts with the node's name."""
+        self._spawn(f"slurmd-{node}", "-D", "-N", node, env={"SLURMD_NODENAME": node})
+
+    def kill_node(self, node: str) -> None:
+        """Kills all processes of a node at once, as the loss of the machine does."""
+        for pid in self.processes(f"SLURMD_NODENAME={node}"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.daemons.pop(f"slurmd-{node}").wait()
+
+    def replace_node(self, node: str) -> None:
+        """Gives a lost node up, as Slurm does in the end, and brings it back."""
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        self.start_node(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        state = ("sinfo", "--noheader", f"--nodes={node}", "--format=%T", "--partition=all")
+        self._wait_until(lambda: self.run(*state).strip() == "idle", f"{node} is idle")
 
     def stop(self) -> None:
         """Ends every job and process of the cluster."""
@@ -136,13 +158,17 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def processes(self) -> list[int]:
-        """Returns this cluster's living processes: all inherit its SLURM_CONF, no others do."""
-        mark = f"SLURM_CONF={self.env['SLURM_CONF']}".encode()
+    def processes(self, *marks: str) -> list[int]:
+        """Returns this cluster's living processes: all inherit its SLURM_CONF, no others do.
+
+        Args:
+            marks: what else has to stand in their environment.
+        """
+        wanted = {mark.encode() for mark in (f"SLURM_CONF={self.env['SLURM_CONF']}", *marks)}
         found = []
         for environ in Path("/proc").glob("[0-9]*/environ"):
             with contextlib.suppress(OSError):
-                if mark in environ.read_bytes().split(b"\0"):
+                if wanted <= set(environ.read_bytes().split(b"\0")):
                     found.append(int(environ.parent.name))
         return found
 
@@ -153,12 +179,15 @@ class Cluster:
             for path in sorted(self.folder.glob("*.log"))
         )
 
-    def _spawn(self, name: str, *arguments: str) -> None:
+    def _spawn(self, name: str, *arguments: str, env: Mapping[str, str] | None = None) -> None:
         program = shutil.which(name.split("-")[0], path=self.env["PATH"])
         assert program, f"{name} was there when why_unavailable() looked"
         with (self.folder / f"{name}.out.log").open("wb") as out:
             self.daemons[name] = subprocess.Popen(
-                [program, *arguments], env=self.env, stdout=out, stderr=subprocess.STDOUT
+                [program, *arguments],
+                env=self.env | dict(env or {}),
+                stdout=out,
+                stderr=subprocess.STDOUT,
             )
 
     def _wait_until(self, done: Callable[[], bool], what: str) -> None:
@@ -182,6 +211,7 @@ class Cluster:
     def _write_config(self) -> None:
         folder, host = self.folder, socket.gethostname().split(".")[0]
         control_port, *ports = _free_ports(1 + len(NODES))
+        # The ports of jobs follow from their numbers: another cluster here has other ones.
         (folder / "slurm.conf").write_text(f"""\
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -202,12 +232,17 @@ SchedulerParameters=sched_interval=1
 SlurmdParameters=config_overrides
 GresTypes=gpu
 JobRequeue=1
+FirstJobId={1 + control_port % 15000}
 KillWait=5
 MinJobAge=3600
 ReturnToService=2
 {"".join(_node_line(node, host, port) for node, port in zip(NODES, ports, strict=True))}
-PartitionName=cpu Nodes=n0,n1 Default=YES State=UP
-PartitionName=gpu Nodes=g0,g1 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{"".join(_partition_line(name) for name in PAIRS)}
+PartitionName=all Nodes=ALL State=UP
+PartitionName=graced Nodes=n0,n1 GraceTime=60 State=UP
+PartitionName=urgent Nodes=n0,n1 PriorityTier=10 State=UP
 """)
         # Slurm wants a device for each GPU, but not that it is a GPU.
         (folder / "gres.conf").write_text("NodeName=g[0-1] Name=gpu File=/dev/null,/dev/zero\n")
@@ -253,6 +288,12 @@ def _node_line(node: str, host: str, port: int) -> str:
         f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
         f" CPUs={CPUS_PER_NODE}{gres}\n"
     )
+
+
+def _partition_line(name: str) -> str:
+    nodes = ",".join(node for node in NODES if node.startswith(PAIRS[name]))
+    default = "YES" if name == "cpu" else "NO"
+    return f"PartitionName={name} Nodes={nodes} Default={default} State=UP\n"
 
 
 def _free_ports(count: int) -> list[int]:

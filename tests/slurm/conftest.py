@@ -10,6 +10,8 @@ from tests.slurm.cluster import Cluster, ClusterUnavailableError, running_cluste
 INHERITED = (
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS"),
     *("RECIPE", "DS_CONFIG", "SHARDS", "OUTPUT_DIR", "EXTRA_ARGS", "PYTHON", "MAX_RESTARTS"),
+    *("CONTAINER", "PREFLIGHT", "PREPARE_ARGS", "EVALUATE_ARGS", "TASKS", "MODEL", "AGAINST"),
+    *("DATA_DIR", "PREPARE_FLAGS", "DISTILL_FLAGS", "EVALUATE_FLAGS"),
 )
 
 

@@ -1,14 +1,13 @@
-"""slurm/distill_xlmr.sbatch on a real cluster, with a stand-in for train.py, and once with it."""
+"""slurm/distill_xlmr.sbatch on a real cluster, with a stand-in for what it starts."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,18 @@ from tests.slurm.cluster import CPUS_PER_NODE, GPUS_PER_NODE, Cluster, running_c
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATE = "slurm/distill_xlmr.sbatch"
+DEFAULT_OUTPUT = "runs/of the recipe"
 DEFAULT_RECIPE = "recipes/xlmr_large_to_l6h384.yaml"
 STOPPED = 85
+
+PREFLIGHT = """\
+import json, os, sys
+from pathlib import Path
+
+if os.environ["SLURM_PROCID"] == "0":
+    Path("preflight.json").write_text(json.dumps(sys.argv[1:]))
+sys.exit(int(os.environ.get("PREFLIGHT_STATUS", 0)))
+"""
 
 # Says what it was given, then ends: rank STUB_FAILS with 1; all with 0 if STUB_ENDS is set or this
 # is a restart; else with 85 when asked to stop. Ranks take different times to leave, and while they
@@ -32,7 +41,7 @@ rank, start = int(os.environ["SLURM_PROCID"]), int(os.environ.get("SLURM_RESTART
 asked = []
 for name in ("SIGUSR1", "SIGTERM"):
     signal.signal(getattr(signal, name), lambda number, frame: asked.append(number))
-said = Path("said") / f"{start}-{rank}.json"
+said = Path("said") / (f"{start}-{rank}" + os.environ.get("SLURM_ARRAY_TASK_ID", "") + ".json")
 said.parent.mkdir(exist_ok=True)
 said.with_suffix(".tmp").write_text(json.dumps({"argv": sys.argv, "env": dict(os.environ)}))
 said.with_suffix(".tmp").rename(said)
@@ -58,7 +67,9 @@ def tree(tmp_path: Path) -> Path:
     tree = tmp_path / "a clone"
     for name, text in {
         "pipeline/train.py": STUB,
-        DEFAULT_RECIPE: "",
+        "pipeline/__init__.py": "",
+        "pipeline/preflight.py": PREFLIGHT,
+        DEFAULT_RECIPE: f"output_dir: {DEFAULT_OUTPUT}\n",
         "ds_configs/zero2.json": "{}",
         ".venv/bin/python": f'#!/bin/sh\nOF_CLONE=1 exec "{sys.executable}" "$@"\n',
     }.items():
@@ -66,8 +77,7 @@ def tree(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     (tree / ".venv/bin/python").chmod(0o755)
-    (tree / "slurm").mkdir()
-    shutil.copy(ROOT / TEMPLATE, tree / TEMPLATE)
+    shutil.copytree(ROOT / "slurm", tree / "slurm")
     return tree
 
 
@@ -76,6 +86,11 @@ def said(tree: Path, start: int = 0) -> list[dict[str, Any]]:
     paths = sorted((tree / "said").glob(f"{start}-*.json"))
     assert [path.stem for path in paths] == [f"{start}-{rank}" for rank in range(len(paths))]
     return [json.loads(path.read_text()) for path in paths]
+
+
+def said_by_seed(tree: Path) -> list[list[str]]:
+    """What the runs of an array were given."""
+    return [json.loads(path.read_text())["argv"] for path in (tree / "said").glob("0-0?.json")]
 
 
 def wait_until(done: Callable[[], bool], what: str, *, timeout_s: float = 60.0) -> None:
@@ -89,16 +104,22 @@ def log_of(job_id: int, folder: Path) -> str:
     return (folder / f"distill_xlmr-{job_id}.out").read_text()
 
 
-def submit_and_start(cluster: Cluster, tree: Path, env: dict[str, str] | None = None) -> int:
+def submit_and_start(
+    cluster: Cluster,
+    tree: Path,
+    env: dict[str, str] | None = None,
+    flags: Sequence[str] = (),
+) -> int:
     """Submits the template and returns when both of its ranks can be asked to stop."""
-    job_id = cluster.submit(TEMPLATE, cwd=tree, env=env)
+    job_id = cluster.submit(TEMPLATE, *flags, cwd=tree, env=env)
     wait_until(lambda: len(list((tree / "said").glob("0-*.json"))) == 2, "two ranks start")
     return job_id
 
 
 def test_verbatim_it_starts_one_rank_on_each_of_two_nodes(cluster: Cluster, tree: Path) -> None:
     job_id = cluster.submit(TEMPLATE, cwd=tree, env={"STUB_ENDS": "1"})
-    assert cluster.wait_for_end(job_id, timeout_s=60)["JobState"] == "COMPLETED"
+    job = cluster.wait_for_end(job_id, timeout_s=60)
+    assert job["JobState"] == "COMPLETED", log_of(job_id, tree)
     ranks = said(tree)
     env = [rank["env"] for rank in ranks]
     assert {one["SLURMD_NODENAME"] for one in env} == {"n0", "n1"}
@@ -112,13 +133,17 @@ def test_verbatim_it_starts_one_rank_on_each_of_two_nodes(cluster: Cluster, tree
     assert {one["OMP_NUM_THREADS"] for one in env} == {str(CPUS_PER_NODE)}
     assert all("OF_CLONE" in one for one in env), "the clone's own Python is used"
     ds_config = "ds_configs/zero2.json"
-    argv = ["pipeline/train.py", "--deepspeed", ds_config, "--config", DEFAULT_RECIPE]
-    assert all(rank["argv"] == argv for rank in ranks)
+    argv = ["--deepspeed", ds_config, "--config", DEFAULT_RECIPE, "--output_dir", DEFAULT_OUTPUT]
+    assert all(rank["argv"] == ["pipeline/train.py", *argv] for rank in ranks)
+    assert json.loads((tree / "preflight.json").read_text()) == ["--nodes", "n0,n1", *argv]
+    logs = [f"distill_xlmr-{job_id}-rank-{rank:04d}.log" for rank in (0, 1)]
+    assert sorted(path.name for path in (tree / DEFAULT_OUTPUT / "logs").iterdir()) == logs
 
 
 def test_the_environment_sets_inputs_output_and_python(cluster: Cluster, tree: Path) -> None:
     (tree / "my recipe.yaml").touch()
     (tree / "zero1.json").touch()
+    (tree / "pipeline/preflight.py").unlink()
     env = {
         "RECIPE": "my recipe.yaml",
         "DS_CONFIG": "zero1.json",
@@ -126,12 +151,13 @@ def test_the_environment_sets_inputs_output_and_python(cluster: Cluster, tree: P
         "OUTPUT_DIR": "my runs/x",
         "EXTRA_ARGS": "--train.max_steps 7 --seed 2",
         "PYTHON": sys.executable,
+        "PREFLIGHT": "0",
         "STUB_ENDS": "1",
     }
     job_id = cluster.submit(TEMPLATE, "--nodes=1", "--ntasks=2", cwd=tree, env=env)
     assert cluster.wait_for_end(job_id, timeout_s=60)["JobState"] == "COMPLETED"
     expected = ["pipeline/train.py", "--deepspeed", "zero1.json", "--config", "my recipe.yaml"]
-    expected += ["--data.shards", "my shards", "--output_dir", "my runs/x"]
+    expected += ["--output_dir", "my runs/x", "--data.shards", "my shards"]
     expected += ["--train.max_steps", "7", "--seed", "2"]
     ranks = said(tree)
     assert [rank["argv"] for rank in ranks] == [expected] * 2
@@ -181,7 +207,7 @@ def test_asked_to_stop_it_saves_and_requeues_itself(
     assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log_of(job_id, tree)
     assert [rank["env"]["SLURM_RESTART_COUNT"] for rank in said(tree, start=1)] == ["1", "1"]
     assert said(tree, start=1)[0]["argv"] == said(tree, start=0)[0]["argv"]
-    assert not list(tree.glob(".distill_xlmr*")), "its note is gone"
+    assert not list((tree / DEFAULT_OUTPUT / "logs").glob("*.stopped")), "its note is gone"
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -214,7 +240,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster: Cluster, tree: Path)
     assert job["ExitCode"].startswith(f"{STOPPED}:"), "there was time to save"
 
 
-@pytest.mark.parametrize("missing", ["recipes/none.yaml", "pipeline/train.py"])
+@pytest.mark.parametrize("missing", ["recipes/none.yaml", "slurm/job.sh"])
 def test_what_is_missing_is_named_in_one_line(cluster: Cluster, tree: Path, missing: str) -> None:
     env = {"RECIPE": "recipes/none.yaml"} if missing.startswith("recipes") else {}
     cwd = tree if env else tree / "recipes"
@@ -227,47 +253,55 @@ def test_what_is_missing_is_named_in_one_line(cluster: Cluster, tree: Path, miss
     assert not (tree / "said").exists()
 
 
-def test_train_goes_on_where_it_was_asked_to_stop(cluster: Cluster, tmp_path: Path) -> None:
-    shards, run = tmp_path / "shards", tmp_path / "run"
-    recipe, max_steps = "recipes/demo.yaml", 40
-    prepare = [sys.executable, "-m", "data_prep.build_shards", "--config", recipe]
-    subprocess.run([*prepare, "--prep.output_dir", str(shards)], cwd=ROOT, check=True)
-    extra = f"--train.max_steps {max_steps} --train.warmup_steps 4 --train.save_every 1000"
-    env = {
-        "RECIPE": recipe,
-        "SHARDS": str(shards),
-        "OUTPUT_DIR": str(run),
-        "EXTRA_ARGS": f"{extra} --train.log_every 1 --train.eval_every 0",
-        "PYTHON": sys.executable,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",  # both nodes are one host, and may have one GPU
-    }
-    log = tmp_path / "job.out"
-    job_id = cluster.submit(TEMPLATE, f"--output={log}", cwd=ROOT, env=env)
+@pytest.mark.parametrize("status", [1, 2])
+def test_nothing_starts_where_the_preflight_fails(
+    cluster: Cluster, tree: Path, status: int
+) -> None:
+    job_id = cluster.submit(TEMPLATE, cwd=tree, env={"PREFLIGHT_STATUS": str(status)})
+    job = cluster.wait_for_end(job_id, timeout_s=60)
+    assert (job["JobState"], job["ExitCode"]) == ("FAILED", f"{status}:0")
+    assert not (tree / "said").exists()
 
-    def steps() -> list[int]:
-        path = run / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [line["step"] for line in metrics if "loss" in line]
 
-    def is_training() -> bool:
-        state = cluster.job(job_id)["JobState"]
-        assert state in {"PENDING", "RUNNING"}, f"{state}\n{log.read_text()}"
-        return len(steps()) >= 3
+@pytest.mark.parametrize(
+    "container", ["env IN_CONTAINER=yes", "--export=ALL,IN_CONTAINER=yes --unbuffered"]
+)
+def test_a_container_is_a_command_or_flags_of_srun(
+    cluster: Cluster, tree: Path, container: str
+) -> None:
+    env = {"CONTAINER": container, "PYTHON": sys.executable, "STUB_ENDS": "1"}
+    job_id = cluster.submit(TEMPLATE, cwd=tree, env=env)
+    job = cluster.wait_for_end(job_id, timeout_s=60)
+    assert job["JobState"] == "COMPLETED", log_of(job_id, tree)
+    assert [rank["env"]["IN_CONTAINER"] for rank in said(tree)] == ["yes", "yes"]
 
-    wait_until(is_training, "three steps are done", timeout_s=180)
-    cluster.signal(job_id, "USR1", "--batch")
-    cluster.wait_for_requeue(job_id, timeout_s=90)
-    stopped_after = len(steps())
-    assert 3 <= stopped_after < max_steps
-    marker = run / f"checkpoints/step-{stopped_after:08d}/COMPLETE"
-    assert marker.exists(), "the steps that were done are saved"
-    job = cluster.wait_for_end(job_id, timeout_s=180)
-    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1"), log.read_text()
-    assert (run / "student" / "model.safetensors").exists()
-    assert steps() == list(range(1, max_steps + 1))
-    assert log.read_text().count("resuming from") == 1
+
+def test_a_seed_of_an_array_is_stopped_alone(cluster: Cluster, tree: Path) -> None:
+    master = cluster.submit(TEMPLATE, "--array=4,5", "--nodes=1", "--ntasks=1", cwd=tree)
+    wait_until(lambda: len(said_by_seed(tree)) == 2, "both seeds run")
+    folders = {f"{DEFAULT_OUTPUT}/seed-{seed}" for seed in (4, 5)}
+    assert {argv[argv.index("--output_dir") + 1] for argv in said_by_seed(tree)} == folders
+    assert {tuple(argv[-2:]) for argv in said_by_seed(tree)} == {("--seed", "4"), ("--seed", "5")}
+    last, other = f"{master}_5", f"{master}_4"
+    assert cluster.job(last)["JobId"] == str(master), "its number is the array's, too"
+    cluster.signal(last, "USR1", "--batch")
+    cluster.wait_for_requeue(last, timeout_s=60)
+    assert cluster.job(other)["JobState"] == "RUNNING"
+    cluster.signal(other, "TERM", "--batch")
+    cluster.wait_for_requeue(other, timeout_s=60)
+    for job_id in (last, other):
+        job = cluster.wait_for_end(job_id, timeout_s=60)
+        assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
+
+
+def test_a_preempted_job_gets_time_to_stop_and_goes_on(cluster: Cluster, tree: Path) -> None:
+    job_id = submit_and_start(cluster, tree, flags=["--partition=graced"])
+    urgent = cluster.submit(TEMPLATE, "--partition=urgent", cwd=tree, env={"STUB_ENDS": "1"})
+    cluster.wait_for_requeue(job_id, timeout_s=60)
+    assert "DUE TO PREEMPTION" not in log_of(job_id, tree), "it left before it was ended"
+    assert cluster.wait_for_end(urgent, timeout_s=60)["JobState"] == "COMPLETED"
+    job = cluster.wait_for_end(job_id, timeout_s=60)
+    assert (job["JobState"], job["Restarts"]) == ("COMPLETED", "1")
 
 
 def test_a_cluster_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:

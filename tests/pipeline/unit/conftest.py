@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoConfig, AutoModel, BertTokenizerFast
 
 from data_prep import build_shards
-from pipeline.config import Data, Objective, Recipe, Student, Teacher, Train
+from pipeline.config import Data, Objective, Recipe, Student, Teacher, Train, Watch
 from pipeline.objectives import DistillationObjective, build_objective
 from pipeline.topology import Topology
 
@@ -60,6 +60,7 @@ def make_recipe(pocket_teacher: Path) -> Callable[..., Recipe]:
         objective: dict[str, Any] | None = None,
         train: dict[str, Any] | None = None,
         data: dict[str, Any] | None = None,
+        watch: dict[str, Any] | None = None,
         **top: Any,
     ) -> Recipe:
         shape = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
@@ -74,6 +75,7 @@ def make_recipe(pocket_teacher: Path) -> Callable[..., Recipe]:
                 **{"max_steps": 10, "batch_size": 8, "micro_batch_size": 2, **(train or {})}
             ),
             data=Data(**{"shards": "shards", **(data or {})}),
+            watch=Watch(**(watch or {})),
         )
 
     return make

@@ -1,29 +1,39 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_prep.command import ConfigError, RunError
+from pipeline import checkpoint
 from pipeline.checkpoint import (
     FREE_KEYS,
     LATEST,
     MARKER,
+    STAGE_KEY,
     Checkpoints,
     State,
     check_identity,
     identity,
+    is_foreign,
     newest_state,
     read_state,
+    step_of,
+    superseded,
     tag_of,
 )
 from pipeline.config import Recipe, Variant, flatten
@@ -33,12 +43,11 @@ POLICY = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
 
 
 class FakeEngine:
-    """Writes what an engine would: a file of the model and one of the optimizer."""
+    """Has what an engine would write: a file of the model and one of the optimizer."""
 
-    def save(self, folder: Path, tag: str) -> None:
-        (folder / tag).mkdir(parents=True)
-        for name in ("model.pt", "optimizer.pt"):
-            (folder / tag / name).write_bytes(f"{name} of {tag}".encode() * 100)
+    def snapshot(self, tag: str) -> dict[str, memoryview]:
+        names = ("model.pt", "optimizer.pt")
+        return {name: memoryview(f"{name} of {tag}".encode() * 100) for name in names}
 
 
 def state_at(step: int) -> State:
@@ -49,10 +58,11 @@ def state_at(step: int) -> State:
 def checkpoints(tmp_path: Path, one_rank: Topology) -> Callable[..., Checkpoints]:
     """Saves steps into tmp_path/checkpoints."""
 
-    def save(*steps: int, keep: int = 10) -> Checkpoints:
-        made = Checkpoints(tmp_path, one_rank, keep=keep)
+    def save(*steps: int, keep: int = 10, **options: int) -> Checkpoints:
+        made = Checkpoints(tmp_path, one_rank, keep=keep, **options)
         for step in steps:
             made.save(FakeEngine(), state_at(step))
+        made.finish()
         return made
 
     return save
@@ -171,6 +181,28 @@ def test_checkpoints_may_be_moved(checkpoints, tmp_path: Path) -> None:
 # Retention
 
 
+@given(
+    steps=st.sets(st.integers(1, 60), max_size=20),
+    keep=st.integers(1, 5),
+    keep_every=st.integers(0, 12),
+)
+def test_the_last_ones_and_the_milestones_are_kept(
+    steps: set[int], keep: int, keep_every: int
+) -> None:
+    gone = {
+        step_of(p) for p in superseded([Path(tag_of(s)) for s in sorted(steps)], keep, keep_every)
+    }
+    for step in steps:
+        newer = sum(other > step for other in steps)
+        is_milestone = keep_every > 0 and step % keep_every == 0
+        assert (step in gone) == (newer >= keep and not is_milestone)
+
+
+def test_milestones_outlive_the_others(checkpoints) -> None:
+    made = checkpoints(2, 4, 6, 8, 10, keep=1, keep_every=4)
+    assert names(made.folder) == [tag_of(4), tag_of(8), tag_of(10)]
+
+
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_newest_complete_ones_are_kept(keep: int, checkpoints) -> None:
     made = checkpoints(1, 2, 3, 4, keep=keep)
@@ -213,17 +245,147 @@ def test_a_torn_attempt_at_the_same_step_is_replaced(checkpoints) -> None:
     assert not (torn / "left-over.pt").exists()
 
 
-def test_a_save_that_fails_leaves_the_one_before_in_place(checkpoints, tmp_path: Path) -> None:
-    class FullDisk(FakeEngine):
-        def save(self, folder: Path, tag: str) -> None:
-            super().save(folder, tag)
-            raise OSError(28, "No space left on device")
+FULL = OSError(errno.ENOSPC, "No space left on device")
 
-    made = checkpoints(1, keep=1)
-    with pytest.raises(RunError, match="No space left on device"):
-        made.save(FullDisk(), state_at(2))
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A disk that is full while `full` is set, before or after the files are written."""
+    disk = SimpleNamespace(full=None)
+    write, publish = checkpoint._write_file, checkpoint.write_durably
+
+    def write_file(file: Path, content: memoryview) -> dict[str, Any]:
+        if disk.full == "of files" and file.name == "optimizer.pt":
+            file.write_bytes(content[:50])
+            raise FULL
+        return write(file, content)
+
+    def write_durably(path: Path, text: str) -> None:
+        if disk.full == path.name:
+            raise RunError(f"{path} cannot be written") from FULL
+        publish(path, text)
+
+    monkeypatch.setattr(checkpoint, "_write_file", write_file)
+    monkeypatch.setattr(checkpoint, "write_durably", write_durably)
+    return disk
+
+
+@pytest.mark.parametrize("full", ["of files", MARKER, LATEST])
+def test_a_full_disk_costs_a_checkpoint_and_neither_the_run_nor_the_one_before(
+    full: str, checkpoints, disk: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made, noted = checkpoints(1, keep=1), []
+    made.on_failure = noted.append
+    disk.full = full
+    for step in (2, 3):
+        made.save(FakeEngine(), state_at(step))
+        made.wait()
+    assert noted == [1, 2]
     assert (made.folder / LATEST).read_text() == tag_of(1)
+    assert read_state(made.folder / tag_of(1)) == state_at(1)
+    if full != LATEST:
+        assert names(made.folder) == [tag_of(1)]  # what was written of the others is gone
+    warnings = capsys.readouterr().err.splitlines()
+    for number, warning in zip((1, 2), warnings, strict=True):
+        assert warning.startswith("warning:")
+        assert tag_of(number + 1) in warning
+        assert "rank 0: No space left on device" in warning
+        assert f"failure {number} of the 3 in a row" in warning
+    disk.full = None
+    made.save(FakeEngine(), state_at(4))
+    made.finish()
+    assert made.newest() == state_at(4)
+    assert made.failed_saves == 0
+    assert noted == [1, 2]
+
+
+def test_what_a_failed_save_leaves_of_a_damaged_one_does_not_look_whole(
+    checkpoints, disk: SimpleNamespace
+) -> None:
+    made = checkpoints(1, 2)
+    DAMAGES["flipped byte of the optimizer"](made.folder / tag_of(2))
+    disk.full = "of files"
+    made.save(FakeEngine(), state_at(2))
+    made.wait()
+    assert names(made.folder) == [tag_of(1)]
+
+
+def test_a_disk_with_too_little_room_is_not_filled(
+    checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoints(1)
+    size = sum(content.nbytes for content in FakeEngine().snapshot(tag_of(2)).values())
+    for free, expected in ((size - 1, 1), (size, 2)):
+        usage = SimpleNamespace(free=free)
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path, usage=usage: usage)
+        made.save(FakeEngine(), state_at(2))
+        made.wait()
+        assert made.newest() == state_at(expected)
+        assert names(made.folder) == [tag_of(step) for step in range(1, expected + 1)]
+
+
+def test_failures_in_a_row_end_the_run(checkpoints, disk: SimpleNamespace) -> None:
+    made = checkpoints(1, max_failed_saves=2)
+    disk.full = "of files"
+    made.save(FakeEngine(), state_at(2))
+    made.save(FakeEngine(), state_at(3))
+    made.wait()
+    disk.full = None
+    with pytest.raises(RunError, match=r"step-00000003.*No space left.*in a row: 2.*make room"):
+        made.save(FakeEngine(), state_at(4))
     assert newest_state(made.folder) == state_at(1)
+
+
+def test_a_last_save_that_fails_ends_the_run(checkpoints, disk: SimpleNamespace) -> None:
+    made = checkpoints(1)
+    disk.full = "of files"
+    made.save(FakeEngine(), state_at(2))
+    with pytest.raises(RunError, match=r"step-00000002.*No space left on device"):
+        made.finish()
+
+
+def test_a_disk_that_does_not_keep_what_it_was_given_is_found_out(
+    checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = checkpoints(1)
+    plain = os.fsync
+
+    def lose(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("model.pt"):
+            os.pwrite(descriptor, b"X", 7)
+        plain(descriptor)
+
+    monkeypatch.setattr(os, "fsync", lose)
+    made.save(FakeEngine(), state_at(2))
+    with pytest.raises(RunError, match=r"model.pt reads back as something else"):
+        made.finish()
+    assert (made.folder / LATEST).read_text() == tag_of(1)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(
+    checkpoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, go_on = checkpoints(1), threading.Event()
+    plain = checkpoint._write_file
+
+    def write_file(file: Path, content: memoryview) -> dict[str, Any]:
+        assert go_on.wait(60)
+        return plain(file, content)
+
+    monkeypatch.setattr(checkpoint, "_write_file", write_file)
+    made.save(FakeEngine(), state_at(2))
+    assert made.is_busy  # and here training goes on
+    assert made.newest() == state_at(1)
+    go_on.set()
+    settled = 0
+    while made.newest() == state_at(1) or made.is_busy:
+        if not made.is_busy:
+            made.settle()
+            settled += 1
+    assert settled == 1  # the parts were on disk; rank 0 published them
+    made.settle()
+    assert made.newest() == state_at(2)
+    assert not made.is_busy
 
 
 class KilledError(BaseException):
@@ -257,11 +419,11 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
 
 
 def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(checkpoints, killed_at) -> None:
-    made = checkpoints(keep=1)
     for limit in range(1, 100):
+        made = checkpoints(keep=1)
         shutil.rmtree(made.folder, ignore_errors=True)
         checkpoints(1)
-        is_killed = killed_at(limit, lambda: made.save(FakeEngine(), state_at(2)))
+        is_killed = killed_at(limit, lambda: checkpoints(2, keep=1))
         for marker in made.folder.glob(f"step-*/{MARKER}"):
             read_state(marker.parent)  # nothing half has a marker
         assert newest_state(made.folder) in (state_at(1), state_at(2))
@@ -271,12 +433,16 @@ def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(checkpoints, killed_at) 
     assert newest_state(made.folder) == state_at(2)
 
 
-@pytest.mark.parametrize(("world_size", "is_foreign"), [(1, False), (2, True)])
-def test_foreign_is_what_another_number_of_ranks_wrote(
-    world_size: int, is_foreign: bool, checkpoints
+@pytest.mark.parametrize(
+    ("world_size", "stage", "expected"),
+    [(1, 2, False), (2, 2, True), (1, 3, True), (2, 3, True)],
+)
+def test_foreign_is_what_other_ranks_or_another_stage_wrote(
+    world_size: int, stage: int, expected: bool
 ) -> None:
-    state = dataclasses.replace(state_at(1), world_size=world_size)
-    assert checkpoints().is_foreign(state) is is_foreign
+    now = dataclasses.replace(state_at(1), identity={STAGE_KEY: 2, "seed": 1})
+    saved = State(step=1, tokens=10, world_size=world_size, identity={STAGE_KEY: stage, "seed": 2})
+    assert is_foreign(saved, now) is expected
 
 
 # What a run is
@@ -374,7 +540,15 @@ FREE_CHANGES: dict[str, Any] = {
         "cache_dir": "/local",
         "cache_gb": 1.0,
     },
-    "train": {"save_every": 7, "keep_checkpoints": 7, "log_every": 7, "eval_every": 7},
+    "train": {
+        "save_every": 7,
+        "keep_checkpoints": 7,
+        "keep_every": 7,
+        "max_failed_saves": 7,
+        "log_every": 7,
+        "eval_every": 7,
+    },
+    "watch": {"hang_seconds": 7.0, "straggler_percent": 7.0, "check_corruption_every": 7},
 }
 
 

@@ -16,7 +16,6 @@ import torch.multiprocessing
 from data_prep.command import EXIT_BAD_CONFIG, EXIT_FAILED, ConfigError, ElsewhereError, RunError
 from pipeline.collectives import (
     agree,
-    all_max,
     all_sum,
     copy_from_rank_0,
     gather,
@@ -62,7 +61,6 @@ def copy_over() -> list[list[float]]:
 CASES: dict[str, Callable[[], Any]] = {
     "sum": sum_in_place,
     "copy": copy_over,
-    "max": lambda: all_max(torch.tensor([dist.get_rank(), -dist.get_rank()])).tolist(),
     "gather": lambda: gather({"rank": dist.get_rank()}),
     "agree": lambda: agree(fail(ValueError("unused"))),
     "rank 0": count_calls,
@@ -116,10 +114,6 @@ def test_everybody_gets_rank_0s_tensors(seen: list[dict[str, Any]]) -> None:
     assert both(seen, "copy") == [[[0.0, 1.0, 2.0, 3.0], [1, 0], [0.5]]] * 2
 
 
-def test_all_max(seen: list[dict[str, Any]]) -> None:
-    assert both(seen, "max") == [[1, 0]] * 2
-
-
 def test_gather_is_in_the_order_of_ranks(seen: list[dict[str, Any]]) -> None:
     assert both(seen, "gather") == [[{"rank": 0}, {"rank": 1}]] * 2
 
@@ -166,7 +160,6 @@ def test_alone_everything_is_its_own_answer() -> None:
     assert not dist.is_initialized()
     values = torch.tensor([1.0, 2.0])
     assert all_sum(values) is values
-    assert all_max(values) is values
     assert gather("item") == ["item"]
     assert agree(lambda: 3) == [3]
     assert count_calls() == (1, 42)

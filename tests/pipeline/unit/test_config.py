@@ -87,6 +87,13 @@ BAD_OVERRIDES = [
     ("--student.intermediate_size=0", ["student.intermediate_size=0", "use 1 or more"]),
     ("--objective.num_relation_heads=0", ["objective.num_relation_heads=0", "use 1 or more"]),
     # Not negative
+    ("--watch.hang_seconds=4", ["watch.hang_seconds=4", "5 <= x <= 1500", "null"]),
+    ("--watch.hang_seconds=1501", ["watch.hang_seconds=1501", "5 <= x <= 1500", "null"]),
+    ("--watch.on_loss_spike=drop", ["watch.on_loss_spike", "drop"]),
+    ("--watch.loss_spike_window=0", ["watch.loss_spike_window=0", "use 1 or more"]),
+    ("--watch.loss_spike_mads=0", ["watch.loss_spike_mads=0", "use one above 0"]),
+    ("--watch.straggler_percent=0", ["watch.straggler_percent=0", "use one above 0"]),
+    ("--watch.check_corruption_every=0", ["watch.check_corruption_every=0", "or null"]),
     ("--train.warmup_steps=-1", ["train.warmup_steps=-1", "use 0 or more"]),
     ("--train.eval_every=-1", ["train.eval_every=-1", "use 0 or more"]),
     ("--train.weight_decay=-0.1", ["train.weight_decay=-0.1", "use 0 or more"]),

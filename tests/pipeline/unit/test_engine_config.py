@@ -176,7 +176,7 @@ def universal(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Stands in for DeepSpeed's converter: what it would write, by parameter."""
     stored: dict[str, Any] = {
         "encoder.weight": {"param": torch.arange(6.0)},
-        "encoder.bias": torch.arange(3.0),
+        "encoder.bias": {"param": torch.arange(3.0)},
     }
 
     def convert(folder: Path, tag: str, destination: Path) -> None:

@@ -258,9 +258,8 @@ def test_the_start_is_replaced_whole(run: Run, make_recipe: Callable[..., Recipe
 
 
 class FakeEngine:
-    def save(self, folder: Path, tag: str) -> None:
-        (folder / tag).mkdir(parents=True)
-        (folder / tag / "model.pt").write_bytes(b"weights")
+    def snapshot(self, tag: str) -> dict[str, memoryview]:
+        return {"model.pt": memoryview(b"weights")}
 
 
 @pytest.fixture
@@ -269,6 +268,7 @@ def checkpoints(run: Run, one_rank: Topology) -> Path:
     made = Checkpoints(run.folder, one_rank, keep=5)
     for step in (1, 2):
         made.save(FakeEngine(), state_at(step))
+    made.finish()
     return made.folder
 
 

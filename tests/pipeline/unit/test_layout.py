@@ -16,7 +16,7 @@ SOURCES = {
 }
 SEAMS = {
     "deepspeed": {"pipeline.engine"},
-    "transformers": {"pipeline.models", "data_prep.tokenizer"},
+    "transformers": {"pipeline.models", "pipeline.evaluation.fine_tuning", "data_prep.tokenizer"},
     "webdataset": {"data_prep.shards"},
     "mpi4py": {"data_prep.ranks"},
 }

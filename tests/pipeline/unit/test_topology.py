@@ -6,7 +6,7 @@ import pytest
 
 from data_prep.command import ConfigError
 from pipeline import topology
-from pipeline.topology import Topology, launched_rank
+from pipeline.topology import Topology, launched_rank, take_rank
 
 SRUN = {
     "SLURM_STEP_NUM_TASKS": "8",
@@ -162,3 +162,29 @@ def test_processors_of_this_host_have_a_place() -> None:
     places = [topology._core_of(cpu) for cpu in sorted(os.sched_getaffinity(0))]
     assert len(set(places)) == len(places)
     assert topology._core_of(10**6) == (0, 10**6, 10**6)
+
+
+@pytest.mark.parametrize(
+    ("variables", "place", "gpu"),
+    [
+        ({}, (0, 1), "0"),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, (3, 4), "1"),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "2"}, (2, 3), "2"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "4,7"},
+         (1, 2), "7"),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1",
+          "CUDA_VISIBLE_DEVICES": "5"}, (1, 2), "5"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, (0, 1), ""),
+    ],
+)  # fmt: skip
+def test_independent_processes_know_their_place_and_libraries_do_not(
+    variables: dict[str, str],
+    place: tuple[int, int],
+    gpu: str,
+    environment: dict[str, str],
+) -> None:
+    environment |= {"MASTER_ADDR": "here", **variables}
+    assert take_rank() == place
+    assert not {name for name in environment if "RANK" in name or "WORLD" in name}
+    assert "MASTER_ADDR" not in environment
+    assert environment["CUDA_VISIBLE_DEVICES"] == gpu

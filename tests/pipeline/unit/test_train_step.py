@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from data_prep.command import RunError
+from pipeline import loop
 from pipeline.config import Recipe
 from pipeline.engine import StepResult
 from pipeline.loader import Batch, Count
@@ -66,6 +67,10 @@ class StandInEngine:
     def between_micro_batches(self) -> None:
         self.events.append("between")
 
+    def skip_step(self) -> StepResult:
+        self.events.append("skip")
+        return StepResult(grad_norm=math.inf, applied=False)
+
     def step(self, learning_rate: float) -> StepResult:
         self.events.append("step")
         self.rates.append(learning_rate)
@@ -95,18 +100,21 @@ def make_run(
             objective=make_objective(recipe),
             teacher=teacher,
             engine=StandInEngine(),
+            checkpoints=SimpleNamespace(is_busy=False, settle=lambda: None),
             row_log=None,
             state=SimpleNamespace(step=step),
             advanced=[],
+            lost=[],
             logged=[],
         )
 
-        def advance(num_tokens: int, seconds: float) -> None:
+        def advance(num_tokens: int, loss: float, seconds: float, own_seconds: float) -> None:
             run.state.step += 1
             run.advanced.append(num_tokens)
+            run.lost.append(loss)
 
-        run.advance = advance
-        run.log = lambda parts, rate, result: run.logged.append((parts, rate))
+        run.advance, run.loss, run.leaves_out = advance, sum, lambda loss: False
+        run.log = lambda means, rate, result: run.logged.append((means, rate))
         return run
 
     return make
@@ -155,9 +163,10 @@ def test_a_rank_weighs_its_tokens_among_all_ranks(make_run, monkeypatch) -> None
 def test_what_is_logged_adds_up_to_the_losses(make_run) -> None:
     run = make_run()
     train_step([run])
-    ((parts, rate),) = run.logged
+    ((means, rate),) = run.logged
     expected = [float(loss.detach()) for loss in whole_batch_losses(run).values()]
-    assert parts.tolist() == pytest.approx(expected, rel=1e-5)
+    assert means == pytest.approx(expected, rel=1e-5)
+    assert run.lost == [sum(means)]
     assert run.engine.rates == [rate] == [run.recipe.train.learning_rate]
 
 
@@ -245,6 +254,15 @@ def test_a_gradient_that_is_not_finite_stops_and_names_the_steps_rows(make_run) 
     assert run.advanced == []
 
 
+def test_a_step_that_is_left_out_counts_and_updates_nothing(make_run) -> None:
+    run = make_run()
+    run.leaves_out = lambda loss: loss == run.loss([loss])
+    assert train_step([run]) is False
+    assert "step" not in run.engine.events
+    assert run.engine.events[-1] == "skip"
+    assert run.advanced == [25]
+
+
 def test_fp16_skips_a_step_whose_scale_was_too_large(make_run) -> None:
     run = make_run()
     run.engine.applied, run.engine.fp16 = False, True
@@ -258,3 +276,34 @@ def test_the_rows_are_logged_where_it_is_asked(make_run) -> None:
     run.row_log = SimpleNamespace(write=written.append)
     train_step([run])
     assert written == [{"step": 5, "rows": [0, 1, 10, 11, 20, 21, 30, 31]}]
+
+
+# The loop
+
+
+def test_a_checkpoint_that_was_begun_counts_although_the_run_fails_after(
+    make_run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, waited = make_run(save_every=1), []
+    run.save = lambda: waited.append("begun")
+    run.checkpoints.wait = lambda: waited.append("waited")
+
+    def step_once(runs: list[Any]) -> bool:
+        if waited:
+            raise RunError("the loss is not finite")
+        run.state.step += 1
+        return False
+
+    monkeypatch.setattr(loop, "train_step", step_once)
+    with pytest.raises(RunError, match="not finite"):
+        loop.train([run], lambda: None)
+    assert waited == ["begun", "waited"]
+
+
+def test_a_save_is_settled_once_no_rank_is_at_it(make_run) -> None:
+    run, settled = make_run(), []
+    run.checkpoints = SimpleNamespace(is_busy=True, settle=lambda: settled.append(run.state.step))
+    train_step([run])
+    run.checkpoints.is_busy = False
+    train_step([run])
+    assert settled == [1]

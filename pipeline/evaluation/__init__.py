@@ -1,0 +1,1 @@
+"""Fine-tuning and scoring of encoders on tasks, and what a student keeps of its teacher."""
