@@ -46,6 +46,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if "/tree/" in path:
@@ -55,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"id": "me/small", "private": not self.server.is_public, "sha": "a" * 40})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.body()
         path = self.path.partition("?")[0]
         self.server.tokens.add(self.headers["Authorization"])
         if path == "/api/repos/create":
