@@ -27,6 +27,7 @@ class Architecture(ABC):
     """
 
     norm_eps_key = "layer_norm_eps"
+    rotates = False  # whether Q and K are rotated by their position
     hidden_dropout_keys: tuple[str, ...] = ("hidden_dropout_prob",)
     attention_dropout_keys: tuple[str, ...] = ("attention_probs_dropout_prob",)
 
@@ -313,6 +314,7 @@ class ModernBert(Architecture):
 
     mlm_head = ("head", "decoder")
     norm_eps_key = "norm_eps"
+    rotates = True
     hidden_dropout_keys = ("embedding_dropout", "mlp_dropout")
     attention_dropout_keys = ("attention_dropout",)  # here also of what attention puts out
 

@@ -676,8 +676,13 @@ class NamedOutputs(nn.Module):
         token_type_ids: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The outputs; inputs are [batch, length] int64, types only where the model knows them."""
-        types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        output = self.model(input_ids=input_ids, attention_mask=attention_mask, **types)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if token_type_ids is not None:
+            inputs["token_type_ids"] = token_type_ids
+        if architecture_of(self.model.config).rotates:
+            # By itself the model gives all rows one row of angles, which onnxruntime refuses.
+            inputs["position_ids"] = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        output = self.model(**inputs)
         return tuple(output[name] for name in self.names)
 
 

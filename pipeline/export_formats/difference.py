@@ -17,7 +17,7 @@ from pipeline.checkpoint import State, shards_digest_of
 from pipeline.config import ROOT, Recipe
 from pipeline.export_formats.onnx_files import Arrays
 from pipeline.loader import Batch, Loader, open_shards
-from pipeline.models import load_teacher, load_tokenizer, read_config
+from pipeline.models import Target, load_teacher, load_tokenizer, read_config
 from pipeline.objectives import QKV, Outputs, Predictions, build_objective
 from pipeline.topology import Topology
 
@@ -106,7 +106,9 @@ class Heldout:
         objective = build_objective(self._recipe, config, student_config)
         if objective.needs is Predictions or not self._batches:
             return {}
-        teacher = load_teacher(self._recipe, torch.device("cpu"))
+        layer = self._recipe.teacher.layer or config.num_hidden_layers
+        target = Target(objective.teacher_needs, layer)
+        teacher = load_teacher(self._recipe, torch.device("cpu"), [target])
         sums = dict.fromkeys(students, 0.0)
         for batch in self._batches:
             wanted = teacher(batch)

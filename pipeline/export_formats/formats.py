@@ -115,11 +115,11 @@ class Exported:
         config = {**json.loads(path.read_text(encoding="utf-8")), "dtype": "bfloat16"}
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         module = copy.deepcopy(self._module).bfloat16()
-        run = functools.partial(_run_torch, module, self._inputs)
+        run = functools.partial(run_torch, module, self._inputs)
         return {"files": [WEIGHTS], "difference": self._difference(run)}
 
     def _difference(self, run: Any) -> dict[str, Any]:
-        reference = functools.partial(_run_torch, self._module, self._inputs)
+        reference = functools.partial(run_torch, self._module, self._inputs)
         return compare(reference, run, self.text.segments, self._tokenizer.pad_token_id)
 
 
@@ -167,7 +167,8 @@ def _both(
 
 
 @torch.no_grad()
-def _run_torch(module: Any, names: tuple[str, ...], inputs: Arrays) -> Arrays:
+def run_torch(module: Any, names: tuple[str, ...], inputs: Arrays) -> Arrays:
+    """The outputs of a `NamedOutputs` in fp32, given those of the inputs that it takes."""
     outputs = module(**{name: torch.from_numpy(inputs[name]) for name in names})
     return {
         name: tensor.float().numpy() for name, tensor in zip(module.names, outputs, strict=True)

@@ -66,6 +66,7 @@ def write_onnx(
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]  # stack traces, with the paths of this computer
+    del model.graph.value_info[:]  # shapes of what lies between, some of them wrong once quantised
     onnx.save(model, path)
 
 

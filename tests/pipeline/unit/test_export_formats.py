@@ -21,7 +21,6 @@ from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
     AutoTokenizer,
 )
 
@@ -33,8 +32,19 @@ from pipeline.export import export_model
 from pipeline.export_formats.difference import Heldout, compare, demo_text
 from pipeline.export_formats.onnx_files import open_onnx, quantise
 from pipeline.export_formats.sentence_embedding import write_sentence_transformer
-from pipeline.models import CutEncoder, LastLayer, keep_tokens, load_teacher, load_tokenizer
+from pipeline.loader import Loader
+from pipeline.models import (
+    CutEncoder,
+    LastLayer,
+    Target,
+    keep_tokens,
+    load_teacher,
+    load_tokenizer,
+    pack_encoder,
+    read_config,
+)
 from pipeline.objectives import build_objective
+from pipeline.topology import Topology
 from pipeline.trimmed_tokenizer import trimmed_tokenizer
 
 TEXTS = ["Ein Satz.", "And a longer one, with a few more words.", "สวัสดี 你好", "x"]
@@ -59,7 +69,7 @@ def save_random(model_type: str, tokenizer: Any, folder: Path, load: Any = AutoM
         intermediate_size=64,
         max_position_embeddings=66,
         local_attention=8,
-        num_labels=3,
+        num_labels=2 if load is AutoModelForQuestionAnswering else 3,
         **{f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("pad", "cls", "sep")},
     )
     model = load.from_config(config)
@@ -145,7 +155,7 @@ def test_what_is_said_of_the_formats_is_so(exported: tuple[Path, Path]) -> None:
         assert entry["bytes"] == sum((folder / file).stat().st_size for file in entry["files"])
     fp32, int8 = (facts["formats"][name]["difference"] for name in ("onnx", "onnx-int8"))
     assert fp32["relative_error"] < 1e-5 < 1e-4 < int8["relative_error"] < 0.2
-    assert facts["formats"]["onnx-int8"]["bytes"] < 0.4 * facts["formats"]["onnx"]["bytes"]
+    assert facts["formats"]["onnx-int8"]["bytes"] < 0.5 * facts["formats"]["onnx"]["bytes"]
     card = (folder / "README.md").read_text()
     assert f"| {int8['cosine_mean']:.5f} | {int8['cosine_min']:.5f} |" in card
     assert b"site-packages" not in (folder / "onnx" / "model.onnx").read_bytes()
@@ -153,7 +163,6 @@ def test_what_is_said_of_the_formats_is_so(exported: tuple[Path, Path]) -> None:
 
 HEADS = {
     "label": (AutoModelForSequenceClassification, ["logits"]),
-    "tags": (AutoModelForTokenClassification, ["logits"]),
     "span": (AutoModelForQuestionAnswering, ["start_logits", "end_logits"]),
 }
 
@@ -171,7 +180,8 @@ def test_a_fine_tuned_model_keeps_its_head(
         expected = load.from_pretrained(folder).eval()(**inputs)
     session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
     mask = inputs["attention_mask"].bool()
-    for name, array in zip(outputs, session.run(outputs, {k: v.numpy() for k, v in inputs.items()}), strict=True):  # fmt: skip
+    arrays = session.run(outputs, {name: tensor.numpy() for name, tensor in inputs.items()})
+    for name, array in zip(outputs, arrays, strict=True):
         ours, theirs = torch.from_numpy(array), expected[name]
         if head != "label":
             ours, theirs = ours[mask], theirs[mask]
@@ -181,7 +191,7 @@ def test_a_fine_tuned_model_keeps_its_head(
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n# Mine\n")
     assert "of before" not in card
-    with pytest.raises(ConfigError, match="gives .*logits; export the encoder"):
+    with pytest.raises(ConfigError, match=r"gives .*logits; export the encoder"):
         export_model(str(source), tmp_path / "again", formats=["sentence-transformers"])
     assert not (tmp_path / "again").exists()
 
@@ -259,8 +269,8 @@ def test_answers_are_compared_where_there_is_text(tmp_path: Path) -> None:
     segments = [[5, 6, 7], [8]]
     tags = compare(lambda _: {"logits": logits}, lambda _: {"logits": other}, segments, 1)
     assert tags["same_answer_percent"] == 75
-    spans = [dict(zip(("start_logits", "end_logits"), x.transpose(2, 0, 1), strict=True)) for x in (logits, other)]  # fmt: skip
-    assert compare(lambda _: spans[0], lambda _: spans[1], segments, 1)["same_answer_percent"] == 75
+    spans = [{"start_logits": x[..., 0], "end_logits": x[..., 1]} for x in (logits, other)]
+    assert compare(lambda _: spans[0], lambda _: spans[1], segments, 1)["same_answer_percent"] == 50
     labels = compare(
         lambda _: {"logits": logits[:, 0]}, lambda _: {"logits": other[:, 0]}, segments, 1
     )
@@ -284,6 +294,7 @@ def test_the_held_out_loss_is_the_one_of_training(
     make_recipe: Callable[..., Recipe],
     pocket_teacher: Path,
     shards: Path,
+    one_rank: Topology,
     tmp_path: Path,
 ) -> None:
     """Of whole models in transformers' own attention, against packed ones."""
@@ -311,13 +322,8 @@ def test_the_held_out_loss_is_the_one_of_training(
     last_layer = LastLayer(model.eval())
     with torch.no_grad():
         found = heldout.losses({"a": last_layer, "b": lambda ids: last_layer(ids * 0 + 9)})
-    from pipeline.loader import Loader
-    from pipeline.models import Target, pack_encoder, read_config
-    from pipeline.topology import Topology
-
-    alone = Topology(rank=0, world_size=1, local_rank=0, local_world_size=1)
     reader = ShardReader(str(shards))
-    loader = Loader(reader, alone, batch_size=1, micro=1, seed=0)
+    loader = Loader(reader, one_rank, batch_size=1, micro=1, seed=0)
     built = build_objective(
         recipe, read_config("x", recipe.teacher.model), read_config("x", str(folder))
     )
