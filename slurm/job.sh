@@ -135,6 +135,7 @@ end() {
     # requeue before that would leave the job pending for good (Slurm 22.05: BadConstraints).
     if [[ -n $(lost_nodes) ]]; then
         echo "$SLURM_JOB_NAME: no answer from $(lost_nodes); it goes on once Slurm gives that up" >&2
+        trap - TERM USR1 # a shell that lingers makes Slurm's kill reach into the next start
         local deadline=$((SECONDS + 1800))
         while [[ -n $(lost_nodes) ]] && ((SECONDS < deadline)); do sleep 2; done
         requeue

@@ -56,13 +56,7 @@ class Source:
         Raises:
             ConfigError: it is no encoder.
         """
-        config = read_config(self.key, self.source)
-        if getattr(config, "is_decoder", False):
-            raise ConfigError(
-                f"{self.key}={self.source!r} is a decoder, which sees no words to its right; give "
-                "an encoder"
-            )
-        return config
+        return read_config(self.key, self.source)
 
     def tokenizer(self) -> Any:
         """Its tokenizer.

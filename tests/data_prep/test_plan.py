@@ -325,7 +325,7 @@ def test_how_many_groups_there_are_does_not_change_what_is_in_the_rows(
 
 def test_copies_are_far_from_each_other(plan: Callable[..., Plan]) -> None:
     corpus = Corpus({"a": 100}, of=16)
-    found = plan(corpus, Prep(seq_len=32), dosed={"a": Dose(3, 0)}, groups=4)
+    found = plan(corpus, Prep(seq_len=32), dosed={"a": [Dose(3, 0)]}, groups=4)
     in_group = [
         set(tokens_of([rows[row].tolist() for row in range(len(rows))])) for rows in found.groups
     ]
@@ -335,7 +335,7 @@ def test_copies_are_far_from_each_other(plan: Callable[..., Plan]) -> None:
 
 def test_more_copies_than_partitions_are_all_there(plan: Callable[..., Plan]) -> None:
     corpus = Corpus({"a": 30}, of=2)
-    found = plan(corpus, Prep(seq_len=32), dosed={"a": Dose(7, 0)})
+    found = plan(corpus, Prep(seq_len=32), dosed={"a": [Dose(7, 0)]})
     assert set(times_trained(found).values()) == {7}
 
 

@@ -178,7 +178,7 @@ def test_what_cannot_be_evaluated_is_refused(
         (["--model", str(tmp_path / "none"), *task], "is not a folder"),
         (["--model", str(tmp_path / "empty"), *task], "has no config.json"),
         (["--model", str(tmp_path / "gpt2"), *task], "is a 'gpt2' model"),
-        (["--model", str(tmp_path / "decoder"), *task], "is a decoder"),
+        (["--model", str(tmp_path / "decoder"), *task], "has is_decoder=true"),
         (["--model", str(tmp_path / "mute"), *task], "has no tokenizer"),
         (["--model", str(tmp_path / "foreign"), *task], "embeddings for 100"),
         (["--model", str(POCKET), "--against", str(POCKET), *task], "one model twice"),
