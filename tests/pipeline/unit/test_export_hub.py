@@ -70,10 +70,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.tokens.add(self.headers["Authorization"])
         if path == "/api/repos/create":
             asked = json.loads(body)
+            assert (asked["organization"], asked["name"]) == ("me", "small")
+            status = 409
             if self.server.is_public is None:
-                self.server.is_public = not asked["private"]
-            status = 200 if self.server.is_public is not asked["private"] else 409
-            self.answer({"url": f"{self.server.url}/me/{asked['name']}"}, status)
+                self.server.is_public = asked.get("visibility") != "private"
+                status = 200
+            self.answer({"url": f"{self.server.url}/me/small"}, status)
         elif path.endswith("/preupload/main"):
             files = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
