@@ -11,7 +11,7 @@ import argparse
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,8 @@ CARD = "README.md"
 START = "student-start"  # the untrained student: its config, tokenizer and what no loss reaches
 FORMATS = ("hf", "onnx", "onnx-int8", "sentence-transformers")
 DTYPES = ("float32", "bfloat16")
+FACTS = "formats.json"  # what the folder holds and how it was measured
 FORMATS_HEADING = "## Formats\n"  # where the part of a card that an export writes anew begins
-
-AddFormats = Callable[[Path], dict[str, Any] | None]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,10 +110,16 @@ def _check(options: argparse.Namespace) -> None:
         )
     if options.model and options.checkpoint:
         raise ConfigError("--checkpoint is for --run; a --model has no checkpoints")
-    if options.model and _is_same(Path(options.model), options.output_dir):
+    folder: Path | None = options.output_dir
+    if folder and folder.exists() and any(folder.iterdir()) and not (folder / FACTS).is_file():
         raise ConfigError(
-            f"--output_dir {options.output_dir} is the model's own folder, which would be replaced "
-            "while it is read; name another"
+            f"--output_dir {folder} holds something that is no export (it has no {FACTS}), and "
+            "would be replaced whole; name a new folder"
+        )
+    if folder and options.model and _is_same(Path(options.model), folder):
+        raise ConfigError(
+            f"--output_dir {folder} is the model's own folder, which would be replaced while it "
+            "is read; name another"
         )
     if options.private and not options.push_to_hub:
         raise ConfigError("--private is for --push_to_hub, and nothing is pushed; name a model")
@@ -205,6 +210,7 @@ def export_student(
         from pipeline.export_formats.formats import add_formats
 
         facts = add_formats(partial, formats, dtype, Heldout(recipe, state, partial))
+    _write_facts(partial, facts)
     card = _model_card(recipe, run, state, whole, sorted(untrained), facts)
     (partial / CARD).write_text(card, encoding="utf-8")
     return _finish(partial, folder)
@@ -235,6 +241,7 @@ def export_model(
         from pipeline.export_formats.formats import add_formats
 
         facts = add_formats(partial, formats, dtype, None)
+    _write_facts(partial, facts)
     own = card_of(source)
     card = own or _render("converted_card.md.j2", name=folder.name, source=source)
     if facts is not None:
@@ -255,6 +262,11 @@ def _finish(partial: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return folder
+
+
+def _write_facts(folder: Path, facts: dict[str, Any] | None) -> None:
+    content = facts or {"text": None, "formats": {}}
+    (folder / FACTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _adds(formats: Collection[str], dtype: str) -> bool:

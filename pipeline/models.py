@@ -745,7 +745,11 @@ def _load_with_head(source: str) -> tuple[Any, set[str]]:
         )
     try:
         model, loading = known[head].from_pretrained(
-            source, dtype=torch.float32, output_loading_info=True
+            source,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except Exception as error:  # whatever a user's folder may provoke in there
         raise ConfigError(

@@ -28,7 +28,6 @@ from pipeline.models import (
     longest_segment,
 )
 
-FACTS = "formats.json"
 WEIGHTS = "model.safetensors"
 ONNX_FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx"}
 LAST_LAYER = ("last_hidden_state", "query", "key", "value")
@@ -126,7 +125,7 @@ class Exported:
 def add_formats(
     folder: Path, formats: Collection[str], dtype: str, heldout: Heldout | None
 ) -> dict[str, Any]:
-    """Write the formats that are asked for, measure them, and leave the figures in formats.json.
+    """Write the formats that are asked for, and measure them.
 
     Args:
         folder: a Hugging Face model in fp32 with its tokenizer.
@@ -135,8 +134,8 @@ def add_formats(
         heldout: rows of the run; None measures on the text that comes with this project.
 
     Returns:
-        What formats.json holds: `text`, what was measured on, and `formats`: of each the `files`,
-        their `bytes` and, where it computes something of its own, the `difference`.
+        What formats.json is to hold: `text`, what was measured on, and `formats`: of each the
+        `files`, their `bytes` and, where it computes something of its own, the `difference`.
 
     Raises:
         ConfigError: the model has no such format.
@@ -151,9 +150,7 @@ def add_formats(
         found["hf"] = exported.lower_to_bfloat16()
     for facts in found.values():
         facts["bytes"] = sum((folder / file).stat().st_size for file in facts["files"])
-    whole = {"text": exported.text.source, "formats": found}
-    (folder / FACTS).write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
-    return whole
+    return {"text": exported.text.source, "formats": found}
 
 
 def _both(

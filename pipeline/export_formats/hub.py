@@ -49,7 +49,8 @@ def push(folder: Path, name: str, *, private: bool) -> str:
     """
     api = HfApi()
     try:
-        repo = api.create_repo(name, private=private, exist_ok=True).repo_id
+        # Not False: an organisation may have private as its default.
+        repo = api.create_repo(name, private=private or None, exist_ok=True).repo_id
         is_exposed = private and not api.model_info(repo).private
         if not is_exposed:
             commit = api.upload_folder(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from data_prep.command import ConfigError, RunError
+from data_prep.shards import ShardReader
 from pipeline import export
 from pipeline.checkpoint import Checkpoints, State
 from pipeline.config import Recipe, plain
@@ -213,6 +215,39 @@ def test_the_model_card_tells_the_truth(run: Run) -> None:
     assert yaml.safe_load(card.split("```yaml")[1].split("```")[0]) == plain(run.recipe)
 
 
+def test_the_card_names_the_teacher_s_licence(run: Run) -> None:
+    card = (export_student(run.recipe, run.folder, state_at(2)) / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["license"] == "apache-2.0"  # as models/pocket-teacher/README.md has it
+    assert "base_model" not in front  # a folder is no name on a hub
+    assert "| licence | apache-2.0, the teacher's |" in card
+    assert "Texts are cut at 512 tokens" in card
+
+
+def test_formats_of_a_run_are_measured_by_what_it_was_trained_by(
+    make_recipe: Callable[..., Recipe], shards: Path, tmp_path: Path, monkeypatch
+) -> None:
+    recipe = make_recipe(output_dir="runs/mine", data={"shards": str(shards)})
+    run = Run(tmp_path / "run", recipe)
+    monkeypatch.setattr(export, "read_weights", lambda folder, tag, shapes: run.trained)
+    state = dataclasses.replace(
+        state_at(2), identity={"data.shards (content)": ShardReader(str(shards)).digest}
+    )
+    folder = export_student(recipe, run.folder, state, formats=["onnx-int8"])
+    facts = json.loads((folder / "formats.json").read_text())
+    assert facts["text"] == f"6 held-out rows of `{shards}`"
+    assert facts["formats"].keys() == {"onnx-int8"}
+    assert not (folder / "onnx" / "model.onnx").exists()
+    difference = facts["formats"]["onnx-int8"]["difference"]
+    loss, of_pytorch = difference["heldout_loss"], difference["heldout_loss_pytorch"]
+    assert loss == pytest.approx(of_pytorch, rel=0.05)
+    assert loss != of_pytorch
+    card = (folder / "README.md").read_text()
+    assert f"| {loss:.4f} ({of_pytorch:.4f}) |" in card
+    assert card.index("## Formats") < card.index("## Recipe")
+    assert_loads_as(folder, run.whole)
+
+
 def test_a_run_without_held_out_losses_has_a_card_too(run: Run) -> None:
     (run.folder / "metrics.jsonl").unlink()
     card = (export_student(run.recipe, run.folder, state_at(2)) / "README.md").read_text()
@@ -302,6 +337,38 @@ def test_what_is_not_there_is_refused_by_name(run: Run, checkpoints: Path, tmp_p
         main(["--run", str(tmp_path)])
     with pytest.raises(ConfigError, match=r"step-9 is not one of step-00000001, step-00000002"):
         main(["--run", str(run.folder), "--checkpoint", "step-9"])
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        (["--run", "r", "--formats", "hf,tflite"], "--formats tflite is not one of hf, onnx"),
+        (["--model", "m"], "--model m needs --output_dir"),
+        (["--model", "m", "--output_dir", "o", "--checkpoint", "c"], "--checkpoint is for --run"),
+        (["--run", "r", "--private"], "--private is for --push_to_hub"),
+        (["--run", "r", "--model", "m"], "not allowed with argument"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(options: list[str], refusal: str) -> None:
+    with pytest.raises(ConfigError, match=refusal):
+        main(options)
+
+
+def test_a_folder_that_is_no_export_is_never_replaced(
+    run: Run, checkpoints: Path, pocket_teacher: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "config.json").write_text("{}")
+    for source in (["--run", str(run.folder)], ["--model", str(pocket_teacher)]):
+        with pytest.raises(ConfigError, match="home holds something that is no export"):
+            main([*source, "--output_dir", str(tmp_path / "home")])
+    assert (tmp_path / "home" / "config.json").read_text() == "{}"
+    for _ in range(2):  # anew, and over an export
+        assert main(["--run", str(run.folder), "--output_dir", str(tmp_path / "mine")]) == 0
+    with pytest.raises(ConfigError, match="is the model's own folder"):
+        main(["--model", str(tmp_path / "mine"), "--output_dir", str(tmp_path / "mine")])
+    assert_loads_as(tmp_path / "mine", run.whole)
+    assert not (run.folder / "student").exists()
 
 
 def test_a_run_without_a_checkpoint_is_refused(run: Run) -> None:

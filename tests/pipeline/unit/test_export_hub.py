@@ -46,6 +46,16 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def body(self) -> bytes:
+        if self.headers["Transfer-Encoding"] != "chunked":
+            return self.rfile.read(int(self.headers["Content-Length"]))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if "/tree/" in path:
@@ -55,15 +65,17 @@ class Handler(BaseHTTPRequestHandler):
             self.answer({"id": "me/small", "private": not self.server.is_public, "sha": "a" * 40})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.body()
         path = self.path.partition("?")[0]
         self.server.tokens.add(self.headers["Authorization"])
         if path == "/api/repos/create":
             asked = json.loads(body)
+            assert (asked["organization"], asked["name"]) == ("me", "small")
+            status = 409
             if self.server.is_public is None:
-                self.server.is_public = not asked["private"]
-            status = 200 if self.server.is_public is not asked["private"] else 409
-            self.answer({"url": f"{self.server.url}/me/{asked['name']}"}, status)
+                self.server.is_public = asked.get("visibility") != "private"
+                status = 200
+            self.answer({"url": f"{self.server.url}/me/small"}, status)
         elif path.endswith("/preupload/main"):
             files = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
