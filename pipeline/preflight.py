@@ -41,7 +41,7 @@ from data_prep.command import (
     skip_unreachable_hub,
 )
 from pipeline.config import Recipe, check_world, load_recipes, read_ds_config
-from pipeline.topology import Topology, launched_rank
+from pipeline.topology import Topology, launched_rank, rank_0_address
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +203,7 @@ class Meeting:
     def __init__(self, topology: Topology, *, expected: Sequence[str], patience_s: float) -> None:
         self.topology = topology
         self.node = os.environ.get("SLURMD_NODENAME") or platform.node()
-        self.address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        self.address = rank_0_address()
         self._expected = expected
         self._patience_s = patience_s
         # torchrun listens there itself.
