@@ -3,8 +3,9 @@
 Every part is found through ``SLURM_CONF``, so that a cluster which the host belongs to is neither
 seen nor touched. Nodes come in pairs, a partition each: n0 and n1 (no GPU, `cpu`), g0 and g1 (two
 GPUs each, as far as Slurm can tell), a0 and a1, b0 and b1 with a spare one, b2, c0 and c1 (for jobs
-at the same time); these names do not resolve, as on sites where only ``NodeAddr`` does. Jobs of `urgent` preempt those
-of `cpu`, which Slurm ends at once, and of `graced`, which get time to end by themselves.
+at the same time); these names do not resolve, as on sites where only ``NodeAddr`` does. Jobs of
+`urgent` preempt those of `cpu`, which Slurm ends at once, and of `graced`, which get time to end by
+themselves.
 """
 
 from __future__ import annotations
