@@ -99,6 +99,7 @@ class PrepRecipe:
         objective: unused.
         data: unused.
         train: unused.
+        watch: unused.
         students: unused.
     """
 
@@ -110,6 +111,7 @@ class PrepRecipe:
     objective: dict[str, Any] | None = None
     data: dict[str, Any] | None = None
     train: dict[str, Any] | None = None
+    watch: dict[str, Any] | None = None
     students: list[Any] | None = None
 
     @property

@@ -36,6 +36,7 @@ from pipeline import guard
 from pipeline.progress import PROGRESS, whereabouts
 from pipeline.topology import Topology, rendezvous
 
+STDERR = 2  # the descriptor: what stands for sys.stderr may have none
 LONGEST_BEAT = 5.0  # seconds
 BEATS_TO_ANSWER = 3  # after which a rank, or the store, does not answer
 BEATS_TO_LEAVE = 3  # in which all ranks have heard the verdict
@@ -89,7 +90,7 @@ class Watchdog:
         """Begin to watch; the ranks are connected and start at the same time."""
         if not self._limit:
             return
-        faulthandler.enable()
+        faulthandler.enable(STDERR)
         self._main = threading.main_thread().ident or 0
         self._rank, self._host = topology.rank, platform.node()
         self._guard = subprocess.Popen(
@@ -185,15 +186,15 @@ class Watchdog:
         """Say what is the matter, leave the stacks, and go when all others have heard it."""
         self._leaving.set()
         if messenger.speaks:
-            os.write(2, f"{messenger.verdict}\n".encode())
+            os.write(STDERR, f"{messenger.verdict}\n".encode())
         stacks = self._stacks(self._record(messenger.beat))
-        os.write(2, stacks)
+        os.write(STDERR, stacks)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             name = f"step-{PROGRESS.step:08d}-rank-{self._rank:05d}.txt"
             (self._folder / name).write_bytes(f"{messenger.verdict}\n\n".encode() + stacks)
         except OSError as error:
-            os.write(2, f"warning: {self._folder} cannot be written ({error})\n".encode())
+            os.write(STDERR, f"warning: {self._folder} cannot be written ({error})\n".encode())
         beats = BEATS_TO_LEAVE + (self._rank == 0)  # rank 0 takes the store along
         threading.Event().wait(beats * self._beat)
         os._exit(EXIT_FAILED)

@@ -166,6 +166,8 @@ def test_what_cannot_be_evaluated_is_refused(
     XLMRobertaConfig(num_hidden_layers=1).save_pretrained(tmp_path / "mute")
     XLMRobertaConfig(vocab_size=100).save_pretrained(tmp_path / "foreign")
     AutoTokenizer.from_pretrained(POCKET).save_pretrained(tmp_path / "foreign")
+    for name in ("mute", "foreign"):  # these are refused before they are read
+        (tmp_path / name / "model.safetensors").touch()
     cases: list[tuple[list[str], str]] = [
         (["--tasks", "xnli"], "--model is not set"),
         (["--model", "x"], "--tasks is not set"),

@@ -120,11 +120,13 @@ def end_of(
     import torch
 
     from pipeline import assemble
+    from pipeline.watchdog import Watchdog
 
     def accept(*arguments: Any, **options: Any) -> NoReturn:
         raise AcceptedError
 
     monkeypatch.setattr(assemble, "init_distributed", lambda topology: torch.device("cpu"))
+    monkeypatch.setattr(Watchdog, "start", lambda watchdog, topology: None)  # no ranks, no store
     monkeypatch.setattr(assemble, "_engine", accept)
     monkeypatch.setattr("pipeline.launching.subprocess", SimpleNamespace(Popen=accept))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -2,9 +2,10 @@
 
 Every part is found through ``SLURM_CONF``, so that a cluster which the host belongs to is neither
 seen nor touched. Nodes come in pairs, a partition each: n0 and n1 (no GPU, `cpu`), g0 and g1 (two
-GPUs each, as far as Slurm can tell), a0 and a1, b0 and b1, c0 and c1 (for jobs at the same time);
-these names do not resolve, as on sites where only ``NodeAddr`` does. Jobs of `urgent` preempt those
-of `cpu`, which Slurm ends at once, and of `graced`, which get time to end by themselves.
+GPUs each, as far as Slurm can tell), a0 and a1, b0 and b1 with a spare one, b2, c0 and c1 (for jobs
+at the same time); these names do not resolve, as on sites where only ``NodeAddr`` does. Jobs of
+`urgent` preempt those of `cpu`, which Slurm ends at once, and of `graced`, which get time to end by
+themselves.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol")
 PAIRS = {"cpu": "n", "gpu": "g", "a": "a", "b": "b", "c": "c"}  # partition -> nodes
-NODES = tuple(f"{name}{number}" for name in PAIRS.values() for number in (0, 1))
+NODES = (*(f"{name}{number}" for name in PAIRS.values() for number in (0, 1)), "b2")
 CPUS_PER_NODE = 4
 GPUS_PER_NODE = 2
 START_TIMEOUT_S = 60.0
@@ -133,9 +134,12 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
         self.daemons.pop(f"slurmd-{node}").wait()
 
-    def replace_node(self, node: str) -> None:
-        """Gives a lost node up, as Slurm does in the end, and brings it back."""
+    def give_node_up(self, node: str) -> None:
+        """What Slurm does by itself with a node that has not answered for SlurmdTimeout."""
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def bring_node_back(self, node: str) -> None:
+        """Starts the daemon of a node that was given up."""
         self.start_node(node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
         state = ("sinfo", "--noheader", f"--nodes={node}", "--format=%T", "--partition=all")

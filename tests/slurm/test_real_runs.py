@@ -164,7 +164,11 @@ def be_preempted(job: Job, urgent: Job) -> None:
 
 
 def lose_a_node(job: Job, node: str) -> None:
-    """All processes of a node are killed; it comes back once it was given up."""
+    """All processes of a node are killed; the partition has a spare one.
+
+    The node itself comes back later: what Slurm could not tell it before, such as to kill the first
+    step of this job, it is told then, whichever start that step is of.
+    """
     job.submit(pace_s=0.4)
     job.wait_for_steps(8)
     job.cluster.kill_node(node)
@@ -172,9 +176,10 @@ def lose_a_node(job: Job, node: str) -> None:
     while f"no answer from {node}" not in job.said():
         assert time.monotonic() < deadline, job.said()
         time.sleep(0.2)
-    job.cluster.replace_node(node)
+    job.cluster.give_node_up(node)
     job.cluster.wait_for_requeue(job.id, timeout_s=PATIENCE_S)
     job.finish(restarts=1)
+    job.cluster.bring_node_back(node)
     assert "DUE TO NODE FAILURE" in job.said()
     assert "resuming from" in job.said()
 

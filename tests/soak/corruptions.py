@@ -129,11 +129,9 @@ def make_shards(folder: Path) -> Path:
 class _Files:
     """Stands in for an engine: two files of a checkpoint, of bytes that say where they are from."""
 
-    def save(self, folder: Path, tag: str) -> None:
-        (folder / tag).mkdir(parents=True)
-        for name in ("model.pt", "optimizer.pt"):
-            draw = random.Random(f"{tag} {name}")
-            (folder / tag / name).write_bytes(draw.randbytes(20_000))
+    def snapshot(self, tag: str) -> dict[str, memoryview]:
+        names = ("model.pt", "optimizer.pt")
+        return {n: memoryview(random.Random(f"{tag} {n}").randbytes(20_000)) for n in names}
 
 
 def make_checkpoints(run: Path) -> Path:
@@ -144,6 +142,7 @@ def make_checkpoints(run: Path) -> Path:
         identity = {"seed": 1, "train.max_steps": 9}
         state = State(step=step, tokens=step * 10, world_size=1, identity=identity)
         checkpoints.save(_Files(), state)  # type: ignore[arg-type]
+        checkpoints.finish()
     return checkpoints.folder
 
 
