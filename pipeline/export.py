@@ -15,12 +15,19 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jinja2
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from data_prep.command import EXIT_FINISHED, ConfigError, OptionParser, run_command
+from data_prep.command import (
+    EXIT_FINISHED,
+    ConfigError,
+    OptionParser,
+    run_command,
+    skip_unreachable_hub,
+)
 from pipeline.checkpoint import State, newest_state, read_state, tag_of
 from pipeline.config import Recipe, load_recipe
 from pipeline.engine import read_weights
@@ -68,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _check(options)
     if options.run:
         recipe, state = _read_run(options.run, options.checkpoint)
+        _leave_unreachable_hub(recipe.teacher.model)
         folder = export_student(
             recipe,
             options.run,
@@ -77,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtype=options.dtype,
         )
     else:
+        _leave_unreachable_hub(options.model)
         folder = export_model(
             options.model, options.output_dir, formats=options.formats, dtype=options.dtype
         )
@@ -127,6 +136,13 @@ def _check(options: argparse.Namespace) -> None:
         from pipeline.export_formats.hub import check_hub
 
         check_hub(options.push_to_hub)
+
+
+def _leave_unreachable_hub(source: str) -> None:
+    """See `skip_unreachable_hub`; the hub's client has read the environment already."""
+    skip_unreachable_hub(source)
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 def _is_same(first: Path, second: Path) -> bool:

@@ -777,8 +777,8 @@ def save_whole(source: str, folder: Path) -> None:
     Raises:
         ConfigError: they do not load, or the model is none that is known here.
     """
-    tokenizer = load_tokenizer(source)
     model, missing = _load_with_head(source)
+    tokenizer = load_tokenizer(source)
     found = {name: weight for name, weight in model.state_dict().items() if name not in missing}
     model.save_pretrained(folder, state_dict=found)  # without a pooler that the source lacks
     tokenizer.save_pretrained(folder)

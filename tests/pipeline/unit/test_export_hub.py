@@ -169,6 +169,7 @@ CARDS = {
     "---\nlanguage: de\n---\n": None,
     "---\nlicense: {\n---\n": None,
     "# X\nlicense: mit\n": None,
+    "# X\n\n---\nlicense: mit\n---\n": None,
 }
 
 
