@@ -226,6 +226,7 @@ class Planner:
         saving = checkpoint / machines.disk
         seconds = train.max_steps * step + train.max_steps / train.save_every * saving
         hours = ranks * seconds / 3600
+        milestones = train.max_steps // train.keep_every if train.keep_every else 0
         return Plan(
             ranks=ranks,
             micro_batch_size=micro_batch_size,
@@ -244,7 +245,7 @@ class Planner:
             checkpoint_seconds=saving,
             checkpoint_share=saving / (train.save_every * step + saving),
             # One more than is kept while the next is written; the exported student is in fp32.
-            disk_bytes=(train.keep_checkpoints + 1) * checkpoint + 4 * parameters,
+            disk_bytes=(train.keep_checkpoints + 1 + milestones) * checkpoint + 4 * parameters,
             days=seconds / DAY,
             rank_hours=hours,
             kilowatt_hours=machines.watts and machines.watts * hours / 1e3,

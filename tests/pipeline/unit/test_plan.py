@@ -132,6 +132,16 @@ def machines(memory: float) -> plan.Machines:
     return dataclasses.replace(plan.gpu_machines(options), memory=memory)
 
 
+def test_milestones_take_disk_too(large: Path) -> None:
+    def disk(*options: str) -> float:
+        recipe, _ = load_recipe(["--config", *command(large), *options])
+        planner = plan.Planner([recipe], read_ds_config(str(ROOT / "ds_configs" / "zero2.json")))
+        found = planner.plan(8, 32, machines(80e9))
+        return found.disk_bytes / found.checkpoint_bytes
+
+    assert disk("--train.keep_every=100000") == pytest.approx(disk() + 4)
+
+
 @pytest.mark.parametrize(
     ("stage", "per_parameter"), [(1, 2 + 4 + 12 / 8), (2, 2 + 12 / 8), (3, (2 + 4 + 12) / 8)]
 )
