@@ -1,8 +1,7 @@
 """What makes an encoder's folder a sentence-transformers model: mean pooling, in four JSON files.
 
-They are written here, in the form of sentence-transformers 2 to 5, rather than by that library,
-whose version 6 writes keys and module names that text-embeddings-inference and vLLM do not read; it
-reads both.
+They are written here, in the form of sentence-transformers 2 to 5, rather than by that library: its
+version 6 writes new keys and module names, while servers look for the older ones. It reads both.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import attention, gpu_suite, relation_kl, scaling, startup, workload
+from benchmarks import attention, export_speed, gpu_suite, relation_kl, scaling, startup, workload
 from benchmarks.dense import dense_relation_kl
 from benchmarks.harness import MALLOC
 from benchmarks.padded import PaddedLoop
@@ -49,6 +49,15 @@ def test_mfu_started_from_another_folder(tmp_path: Path) -> None:
     flops = {row["part"]: row["GFLOP"] for row in result["rows"]}
     whole = flops.pop("whole step")
     assert sum(flops.values()) - flops["loss"] == pytest.approx(whole)
+
+
+def test_export_speed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "sts.csv").write_text("A cat.,A cat.,5\nA cat.,The law of large numbers,0\n")
+    real = ["--sentence_model", str(ROOT / "models" / "pocket-teacher")]
+    export_speed.main([*QUICK, "--repeats", "1", *real, "--sts", str(tmp_path / "sts.csv")])
+    result = checked(capsys.readouterr().out, "export_speed")
+    assert len(result["rows"]) == len(export_speed.CASES)
+    assert result["sts"] == pytest.approx(dict.fromkeys(export_speed.STUDENTS, 100))
 
 
 def test_those_with_an_engine(tmp_path: Path) -> None:
