@@ -32,12 +32,14 @@ def test_one_rank_does_the_largest_first(tmp_path: Path) -> None:
 
 def test_others_take_the_share_of_a_slow_rank(on_ranks, tmp_path: Path) -> None:
     done: list[tuple[int, int]] = []
-    others_are_done = threading.Event()
+    slow_has_begun, others_are_done = threading.Event(), threading.Event()
 
     def run(ranks) -> None:
         def work(unit: int) -> None:
             if ranks.rank == 0:
+                slow_has_begun.set()
                 assert others_are_done.wait(PATIENCE)
+            assert slow_has_begun.wait(PATIENCE)
             done.append((ranks.rank, unit))
             if len(done) == 29:
                 others_are_done.set()

@@ -229,7 +229,7 @@ def test_a_chain_of_two_seeds_and_what_is_left_of_it(
         "TASKS": "xnli,squad_v2",
         "AGAINST": "models/pocket-teacher",
         "PREPARE_ARGS": PREPARE_ARGS.replace("=", " "),
-        "EXTRA_ARGS": f"--train.max_steps=3 {STUDENT}",
+        "EXTRA_ARGS": f"{STUDENT} --train.max_steps=3 --train.warmup_steps=1",
         "PREPARE_FLAGS": "--partition=c --ntasks-per-node=1",
         "DISTILL_FLAGS": "--partition=c --nodes=1 --ntasks=2",
         "EVALUATE_FLAGS": "--partition=c",
